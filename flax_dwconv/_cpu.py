@@ -1,0 +1,253 @@
+"""The tag, `accelerate`, and the lowering rule that compiles tagged depthwise convolutions for CPU.
+
+A convolution is tagged by tracing it under a metadata context, which JAX keeps with the equation:
+what autodiff, `vmap`, `remat` and `scan` derive from a tagged convolution is tagged too. When JAX
+lowers a convolution for CPU it asks the rule registered here; the rule compiles a tagged depthwise
+one as a sum over taps (`_taps`) and hands every other one to the rule that was registered before.
+
+This is the only file that touches what JAX does not promise to keep:
+
+- `jax.experimental.xla_metadata.set_xla_metadata`, which sets the tag;
+- `jax.interpreters.mlir.register_lowering` and `.lower_fun`;
+- `jax.interpreters.mlir._platform_specific_lowerings` and `._lowerings`: the earlier rule;
+- `LoweringRuleContext.jaxpr_eqn_ctx.xla_metadata`, where the rule reads the tag.
+
+If one of them goes away, one warning says so and XLA compiles every convolution.
+"""
+
+import contextlib
+import functools
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, overload
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from flax_dwconv import _taps
+
+try:
+    from jax.experimental.xla_metadata import set_xla_metadata
+except ImportError:  # `_register` says so
+    set_xla_metadata = None
+
+_KEY = "flax_dwconv"
+
+
+class _Scope(threading.local):
+    """A context that sets or clears the tag; may be entered again, nested and in other threads."""
+
+    def __init__(self, tag: str | None):
+        self._tag = tag
+        self._entered: list[contextlib.AbstractContextManager] = []
+
+    def __enter__(self):
+        metadata = contextlib.nullcontext()
+        if set_xla_metadata is not None:
+            metadata = set_xla_metadata(**{_KEY: self._tag})
+        metadata.__enter__()
+        self._entered.append(metadata)
+
+    def __exit__(self, *exception):
+        self._entered.pop().__exit__(*exception)
+
+
+def tagged() -> contextlib.AbstractContextManager:
+    """Returns a context in which traced operations carry the tag."""
+    return _Scope("taps")
+
+
+def untagged() -> contextlib.AbstractContextManager:
+    """Returns a context in which traced operations do not carry the tag."""
+    return _Scope(None)
+
+
+@overload
+def accelerate() -> contextlib.AbstractContextManager: ...
+@overload
+def accelerate(f: Callable[..., Any]) -> Callable[..., Any]: ...
+def accelerate(f=None):
+    """Makes depthwise convolutions fast on CPU in any JAX code: a context manager and a decorator.
+
+    Convolutions that are traced inside are tagged, like those of `depthwise_conv2d`, and compiled
+    as sums over taps; so are those that autodiff and `vmap` derive from them. Nothing else changes:
+    not what is not depthwise, not GPU or TPU, not the jaxpr.
+
+    A function that `jax.jit` compiled outside is compiled anew when it is called inside, and back.
+
+    Args:
+      f: a function, jitted or not, to be called inside; None returns a context manager.
+
+    Raises:
+      TypeError: if `f` cannot be called.
+
+    Example:
+      >>> import flax.linen as nn
+      >>> import jax, jax.numpy as jnp
+      >>> import flax_dwconv
+      >>> model = nn.Conv(32, (3, 3), feature_group_count=32)  # knows nothing of this package
+      >>> x = jnp.ones((1, 56, 56, 32))
+      >>> params = model.init(jax.random.key(0), x)
+      >>> with flax_dwconv.accelerate():
+      ...     y = model.apply(params, x)
+      >>> predict = flax_dwconv.accelerate(jax.jit(model.apply))
+      >>> predict(params, x).shape
+      (1, 56, 56, 32)
+    """
+    if f is None:
+        return tagged()
+    if not callable(f):
+        raise TypeError(f"`f` must be a function or None, got {type(f).__name__}.")
+
+    def inside(g):
+        @functools.wraps(g)
+        def wrapper(*args, **kwargs):
+            with tagged():
+                return g(*args, **kwargs)
+
+        return wrapper
+
+    wrapper = inside(f)
+    for name in ("lower", "trace", "eval_shape"):  # of a jitted function
+        if callable(getattr(f, name, None)):
+            setattr(wrapper, name, inside(getattr(f, name)))
+    return wrapper
+
+
+def _plan(lhs: Any, rhs: Any, out: Any, params: dict[str, Any]) -> Callable[..., jax.Array] | None:
+    """Returns the function (lhs, rhs) -> out of a depthwise convolution, or None for any other.
+
+    With the groups `c` split off the axis that holds them, every convolution is
+
+        out[n, m, o, c] = sum_q sum_a lhs[n, q, o + a, c] * rhs[m, q, a, c]
+
+    Forward: q = 1, and m is the multiplier. Input gradient: m = 1, and q is the multiplier. Kernel
+    gradient: n = 1, and q is the batch; it is the one with `batch_group_count`, as JAX's transpose
+    rule makes it. What autodiff derives from these again has no other form.
+    """
+    lhs_spec, rhs_spec, out_spec = params["dimension_numbers"]
+    batch_groups = params["batch_group_count"]
+    groups = max(params["feature_group_count"], batch_groups)
+    sizes = (*lhs.shape, *rhs.shape, *out.shape)
+    if not all(isinstance(size, int) and size > 0 for size in sizes) or len(lhs_spec) < 3:
+        return None  # symbolic, empty, or without spatial dimensions
+    if groups == 1 or lhs.dtype != rhs.dtype or not {lhs.dtype.name, out.dtype.name} <= _DTYPES:
+        return None
+    n, q = lhs.shape[lhs_spec[0]], lhs.shape[lhs_spec[1]]
+    n, q = (n // groups, q) if batch_groups > 1 else (n, q // groups)
+    m = rhs.shape[rhs_spec[0]] // groups
+    axes = [
+        _taps.Axis(
+            size=lhs.shape[lhs_spec[i]],
+            kernel=rhs.shape[rhs_spec[i]],
+            out=out.shape[out_spec[i]],
+            stride=params["window_strides"][i - 2],
+            low=params["padding"][i - 2][0],
+            lhs_dilation=params["lhs_dilation"][i - 2],
+            rhs_dilation=params["rhs_dilation"][i - 2],
+        )
+        for i in range(2, len(lhs_spec))
+    ]
+    if batch_groups > 1 and _taps.is_kernel_gradient(axes):
+        pairs = min(n, m)
+        algorithm = _sum_examples
+    else:
+        pairs = min(q, m)
+        algorithm = _sum_contracted
+    if pairs > _MAX_PAIRS:
+        return None
+    accumulator = max(lhs.dtype, out.dtype, jnp.dtype("float32"), key=lambda dtype: dtype.itemsize)
+
+    def compute(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        x = _split(x.astype(accumulator), lhs_spec[0 if batch_groups > 1 else 1], groups)
+        kernel = _split(kernel.astype(accumulator), rhs_spec[0], groups)
+        x, kernel = _materialize(
+            lax.transpose(x, (*lhs_spec, x.ndim - 1)),
+            lax.transpose(kernel, (*rhs_spec, kernel.ndim - 1)),
+        )
+        y = algorithm(x, kernel, axes)
+        # (n, m, *outs, c) -> (n, c * m, *outs) -> the order of `out_spec`.
+        y = jnp.moveaxis(y, -1, 1)
+        y = y.reshape(n, groups * m, *y.shape[3:]).astype(out.dtype)
+        return lax.transpose(y, sorted(range(y.ndim), key=out_spec.__getitem__))
+
+    return compute
+
+
+# A depthwise convolution pairs few features within a group: both its multiplier and an axis of
+# `vmap` in the worst case. A grouped convolution with more is better left to XLA.
+_MAX_PAIRS = 4
+_DTYPES = {"float16", "bfloat16", "float32", "float64"}
+
+
+def _sum_examples(x: jax.Array, g: jax.Array, axes: Sequence[_taps.Axis]) -> jax.Array:
+    """The kernel gradient of every pair of `n` and `m`, one of which is 1."""
+    gradient = functools.partial(_taps.kernel_gradient, axes=axes)
+    if x.shape[0] == g.shape[0] == 1:
+        return gradient(x[0], g[0])[None, None]
+    return jax.vmap(jax.vmap(gradient, (None, 0)), (0, None))(x, g)
+
+
+def _sum_contracted(x: jax.Array, kernel: jax.Array, axes: Sequence[_taps.Axis]) -> jax.Array:
+    """The convolution, summed over `q`."""
+    convolve = functools.partial(_taps.convolve, axes=axes)
+    if x.shape[1] == 1:
+        return convolve(x[:, 0], kernel[:, 0])
+    return jax.vmap(convolve, (1, 1))(x, kernel).sum(0)
+
+
+def _split(x: jax.Array, axis: int, groups: int) -> jax.Array:
+    """Moves the groups, the major part of an axis, to a last axis of their own."""
+    shape = (*x.shape[:axis], groups, x.shape[axis] // groups, *x.shape[axis + 1 :])
+    return jnp.moveaxis(x.reshape(shape), axis, -1)
+
+
+def _materialize(*arrays: jax.Array) -> Sequence[jax.Array]:
+    """Keeps XLA from computing the arrays anew for every tap that reads them.
+
+    In a network the operands are expressions, which XLA:CPU fuses into every reader, and by the
+    time it does, an `optimization_barrier` is gone. A call that is not inlined stays, and costs
+    nothing.
+    """
+    if set_xla_metadata is None:
+        return lax.optimization_barrier(arrays)
+    with set_xla_metadata(inlineable="false"):
+        return _identity(*arrays)
+
+
+_identity = jax.jit(lambda *arrays: arrays)
+
+
+def _register() -> None:
+    """Registers the rule for CPU, or warns that it cannot."""
+    try:
+        from jax.interpreters import mlir
+
+        if set_xla_metadata is None:
+            raise ImportError("jax.experimental.xla_metadata.set_xla_metadata")
+        primitive = lax.conv_general_dilated_p
+        lowerings = mlir._platform_specific_lowerings["cpu"]
+        entry = lowerings[primitive] if primitive in lowerings else mlir._lowerings[primitive]
+        earlier = getattr(entry, "rule", entry)
+
+        def rule(ctx, lhs, rhs, **params):
+            metadata = getattr(ctx.jaxpr_eqn_ctx, "xla_metadata", None) or {}
+            if _KEY in metadata:
+                compute = _plan(*ctx.avals_in, *ctx.avals_out, params)
+                if compute is not None:
+                    return mlir.lower_fun(compute, multiple_results=False)(ctx, lhs, rhs)
+            return earlier(ctx, lhs, rhs, **params)
+
+        mlir.register_lowering(primitive, rule, platform="cpu")
+    except (ImportError, AttributeError, KeyError, TypeError) as error:
+        warnings.warn(
+            f"flax_dwconv cannot hook into this JAX ({jax.__version__}: {error!r}): XLA compiles "
+            "depthwise convolutions, which is right but slow on CPU.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+_register()

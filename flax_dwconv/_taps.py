@@ -1,0 +1,460 @@
+"""Depthwise convolutions as sums over kernel taps, in plain `lax`.
+
+What the CPU lowering rule compiles instead of XLA's convolution. Everything here works on arrays
+whose channels `c` are the last axis, with any number of spatial dimensions, and knows nothing of
+layers or tags. All three algorithms compute
+
+    out[n, m, o, c] = sum_a dilated[n, o * stride + a * rhs_dilation - low, c] * kernel[m, a, c]
+
+where, in the names of `lax.conv_general_dilated`, `dilated[t] = x[t / lhs_dilation]` if that is a
+position of `x`, else 0; `Axis` derives what it means for one spatial dimension.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """The geometry of one spatial dimension.
+
+    Write an output position as o = q * P + r, with P = lhs_dilation / gcd(lhs_dilation, stride).
+    Then the tap `a` reads a position of the input for every q or for none, and where it does, it
+    reads `x[first + q * step]` with
+
+        first = (r * stride + a * rhs_dilation - low) / lhs_dilation,    step = P * stride /
+        lhs_dilation,
+
+    a strided slice: the dilated input is never made. A forward convolution has P = 1; the input
+    gradient of a strided one has P = stride phases, whose outputs interleave.
+    """
+
+    size: int
+    kernel: int
+    out: int
+    stride: int
+    low: int
+    lhs_dilation: int
+    rhs_dilation: int
+
+    @property
+    def phases(self) -> int:
+        """P, the number of phases."""
+        return self.lhs_dilation // math.gcd(self.lhs_dilation, self.stride)
+
+    @property
+    def step(self) -> int:
+        """Input positions from one output of a phase to the next."""
+        return self.phases * self.stride // self.lhs_dilation
+
+    def count(self, phase: int) -> int:
+        """Returns the number of outputs of a phase."""
+        return len(range(phase, self.out, self.phases))
+
+    def taps(self, phase: int) -> dict[int, int]:
+        """Returns {tap: the position of the input that it reads for q = 0} of a phase."""
+        reads = {
+            a: phase * self.stride + a * self.rhs_dilation - self.low for a in range(self.kernel)
+        }
+        return {a: t // self.lhs_dilation for a, t in reads.items() if t % self.lhs_dilation == 0}
+
+    def runs(self, phase: int) -> list["Run"]:
+        """Splits a phase into runs of outputs none of whose taps reads outside the input."""
+        valid = {}
+        for a, first in self.taps(phase).items():
+            start = max(0, -(first // self.step))
+            stop = min(self.count(phase), (self.size - 1 - first) // self.step + 1)
+            if start < stop:
+                valid[a] = (start, stop, first)
+        cuts = {0, self.count(phase)} | {
+            q for start, stop, _ in valid.values() for q in (start, stop)
+        }
+        return [
+            Run(
+                hi - lo,
+                self.step,
+                {
+                    a: f + lo * self.step
+                    for a, (start, stop, f) in valid.items()
+                    if start <= lo < stop
+                },
+            )
+            for lo, hi in itertools.pairwise(sorted(cuts))
+        ]
+
+    def swapped(self) -> "Axis":
+        """Returns the geometry with input and kernel exchanged; its outputs come in reverse.
+
+        The tap `a` and the input position `t` meet in the output `o` if
+        t * lhs_dilation = o * stride + a * rhs_dilation - low. With o = out - 1 - o' that is
+        a * rhs_dilation = o' * stride + t * lhs_dilation - low',  low' = (out - 1) * stride - low.
+        """
+        return Axis(
+            size=self.kernel,
+            kernel=self.size,
+            out=self.out,
+            stride=self.stride,
+            low=(self.out - 1) * self.stride - self.low,
+            lhs_dilation=self.rhs_dilation,
+            rhs_dilation=self.lhs_dilation,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Neighbouring outputs of a phase that read the input by the same taps.
+
+    Attributes:
+      count: number of outputs.
+      step: input positions from one output to the next.
+      taps: {tap: the input position that it reads for the first output}.
+    """
+
+    count: int
+    step: int
+    taps: dict[int, int]
+
+
+# The taps that the regions of an image may have in all: 49 for a 3x3 kernel with pads. Beyond it,
+# an image is padded and its outputs are computed in tiles.
+_REGION_TAPS = 150
+# The taps of one compiled loop body; compile time grows with them. More are a loop over bodies.
+_BODY_TAPS = 64
+# Neighbouring outputs that one pass of the inner loop computes together.
+_TILE = 3
+# The rows of a kernel that are compiled one by one; more are a loop over one compiled row.
+_ROWS = 5
+# Images of at least as many bytes are taken one by one, so that what is read again is in the cache.
+_IMAGE_BYTES = 1 << 18
+# Neighbouring cotangents that one pass of the inner loop of a kernel gradient sums up.
+_PARTIAL = 14
+
+
+def convolve(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis]) -> jax.Array:
+    """Returns the convolution of every example with every kernel.
+
+    Args:
+      x: `(n, *sizes, c)`.
+      kernel: `(m, *kernels, c)`, of the dtype of `x`.
+      axes: the geometry of each spatial dimension.
+
+    Returns:
+      `(n, m, *outs, c)`.
+    """
+    if math.prod(kernel.shape[1:-1]) > math.prod(x.shape[1:-1]):
+        # In derivatives of the kernel gradient, the "kernel" is an image.
+        y = convolve(kernel, x, [axis.swapped() for axis in axes])
+        return lax.rev(jnp.swapaxes(y, 0, 1), range(2, y.ndim - 1))
+    if kernel.shape[0] == 1:
+        return jnp.expand_dims(_convolve(x, kernel[0], axes), 1)
+    return jax.vmap(lambda k: _convolve(x, k, axes), out_axes=1)(kernel)
+
+
+def _convolve(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis]) -> jax.Array:
+    runs = [[axis.runs(phase) for phase in range(axis.phases)] for axis in axes]
+    if math.prod(sum(len(run.taps) for p in axis for run in p) for axis in runs) <= _REGION_TAPS:
+
+        def phase(phases):
+            return _regions(x, kernel, [axis[p] for axis, p in zip(runs, phases, strict=True)])
+
+    elif _one_by_one(x):
+        return lax.map(lambda image: _convolve(image[None], kernel, axes)[0], x)
+    else:
+
+        def phase(phases):
+            return _tiles(x, kernel, axes, phases)
+
+    return _interleave(axes, phase, ())
+
+
+def _one_by_one(x: jax.Array) -> bool:
+    return x.shape[0] > 1 and x.size * x.dtype.itemsize >= _IMAGE_BYTES * x.shape[0]
+
+
+def _interleave(
+    axes: Sequence[Axis], phase: Callable[[Sequence[int]], jax.Array], phases: Sequence[int]
+) -> jax.Array:
+    """Computes all phases of all axes, and puts their outputs in order."""
+    d = len(phases)
+    if d == len(axes):
+        return phase(phases)
+    axis = axes[d]
+    parts = [_interleave(axes, phase, (*phases, p)) for p in range(min(axis.phases, axis.out))]
+    return _alternate(parts, d + 1, axis.out)
+
+
+def _alternate(parts: Sequence[jax.Array], dim: int, size: int) -> jax.Array:
+    """Takes elements along `dim` in turns from each of `parts`, `size` of them in all."""
+    if len(parts) == 1:
+        return lax.slice_in_dim(parts[0], 0, size, axis=dim)
+    longest = parts[0].shape[dim]
+    parts = [_pad_end(part, dim, longest - part.shape[dim]) for part in parts]
+    shape = list(parts[0].shape)
+    shape[dim] *= len(parts)
+    return lax.slice_in_dim(jnp.stack(parts, dim + 1).reshape(shape), 0, size, axis=dim)
+
+
+def _pad_end(x: jax.Array, dim: int, zeros: int) -> jax.Array:
+    if not zeros:
+        return x
+    return lax.pad(x, jnp.zeros((), x.dtype), [(0, zeros * (d == dim), 0) for d in range(x.ndim)])
+
+
+def _regions(x: jax.Array, kernel: jax.Array, runs: Sequence[Sequence[Run]]) -> jax.Array:
+    """One phase as regions, each the sum of those taps that read inside the image.
+
+    No padded copy of the image is made: with 3x3 kernels 1.5 to 2.5 times faster than with one.
+    """
+
+    def build(chosen: tuple[Run, ...]) -> jax.Array:
+        d = len(chosen)
+        if d < len(runs):
+            parts = [build((*chosen, run)) for run in runs[d]]
+            return lax.concatenate(parts, d + 1) if len(parts) > 1 else parts[0]
+        counts = [run.count for run in chosen]
+        terms = {
+            tap: _weigh(_window(x, start, counts, steps), kernel, tap)
+            for tap, start in zip(
+                itertools.product(*[run.taps for run in chosen]),
+                itertools.product(*[run.taps.values() for run in chosen]),
+                strict=True,
+            )
+        }
+        if not terms:
+            return jnp.zeros((x.shape[0], *counts, x.shape[-1]), x.dtype)
+        return _sum_taps(terms)
+
+    steps = [axis[0].step for axis in runs]
+    return build(())
+
+
+def _tiles(
+    x: jax.Array, kernel: jax.Array, axes: Sequence[Axis], phases: Sequence[int]
+) -> jax.Array:
+    """One phase in tiles of `_TILE` neighbouring outputs, which share what they load.
+
+    A tap costs two loads, of the input and of the kernel, and one multiplication, so that loads are
+    what a convolution with many taps waits for. Neighbours use the same weights and nearly the same
+    inputs.
+    """
+    spatial = len(axes)
+    counts = [axis.count(p) for axis, p in zip(axes, phases, strict=True)]
+    steps = [axis.step for axis in axes]
+    blocks = [*counts[:-1], -(-counts[-1] // _TILE)]
+
+    # The taps of a phase are evenly spaced, in the kernel and in the input.
+    taps = [list(axis.taps(p).items()) for axis, p in zip(axes, phases, strict=True)]
+    if not all(taps):
+        return jnp.zeros((x.shape[0], *counts, x.shape[-1]), x.dtype)
+    first = [t[0][1] for t in taps]
+    apart = [t[1][1] - t[0][1] if len(t) > 1 else 1 for t in taps]
+    kernel = kernel[tuple(slice(t[0][0], None, t[1][0] - t[0][0] if t[1:] else None) for t in taps)]
+
+    # One body holds all taps, or a piece of a row of the kernel.
+    sizes = [len(t) for t in taps]
+    body = sizes
+    if math.prod(sizes) > _BODY_TAPS:
+        pieces = -(-sizes[-1] // (_BODY_TAPS // _TILE))
+        body = [1] * (spatial - 1) + [-(-sizes[-1] // pieces)]
+        kernel = _pad_end(kernel, spatial - 1, body[-1] * pieces - sizes[-1])
+        sizes[-1] = body[-1] * pieces
+    reach = [
+        (size - 1) * gap + (count - 1) * step + 1
+        for size, gap, count, step in zip(
+            sizes, apart, [*blocks[:-1], blocks[-1] * _TILE], steps, strict=True
+        )
+    ]
+    x = _crop(x, first, reach)
+
+    def tile(x: jax.Array, kernel: jax.Array, sums: Sequence[jax.Array]) -> list[jax.Array]:
+        pairs = []
+        for i, before in enumerate(sums):
+            terms = {}
+            for tap in itertools.product(*map(range, kernel.shape[:-1])):
+                start = [a * gap for a, gap in zip(tap, apart, strict=True)]
+                start[-1] += i * steps[-1]
+                window = _window(x, start, blocks, [*steps[:-1], steps[-1] * _TILE])
+                terms[tap] = _weigh(window, kernel, tap)
+            first, second = _halves(terms)
+            pairs.append((before + first, second))
+        return _together(pairs)
+
+    sums = [jnp.zeros((x.shape[0], *blocks, x.shape[-1]), x.dtype)] * _TILE
+    if body == sizes:
+        sums = tile(x, kernel, sums)
+    else:
+        grid = [size // piece for size, piece in zip(sizes, body, strict=True)]
+        extent = [
+            whole - (size - piece) * gap
+            for whole, size, piece, gap in zip(reach, sizes, body, apart, strict=True)
+        ]
+
+        def step(i, sums):
+            at = [j * piece for j, piece in zip(jnp.unravel_index(i, grid), body, strict=True)]
+            start = [a * gap for a, gap in zip(at, apart, strict=True)]
+            piece = lax.dynamic_slice(x, (0, *start, 0), (x.shape[0], *extent, x.shape[-1]))
+            return tile(piece, lax.dynamic_slice(kernel, (*at, 0), (*body, x.shape[-1])), sums)
+
+        sums = lax.fori_loop(0, math.prod(grid), step, sums)
+    return _alternate(sums, spatial, counts[-1])
+
+
+def is_kernel_gradient(axes: Sequence[Axis]) -> bool:
+    """Whether it is one for `kernel_gradient`: a small result of a large image and kernel."""
+    out, kernel, size = (
+        math.prod(getattr(axis, name) for axis in axes) for name in ("out", "kernel", "size")
+    )
+    dilated = {axis.lhs_dilation > 1 for axis in axes if axis.lhs_dilation != axis.rhs_dilation}
+    both = any(axis.lhs_dilation > 1 and axis.rhs_dilation > 1 for axis in axes)
+    return out <= min(kernel, size) and len(dilated) <= 1 and not both
+
+
+def kernel_gradient(x: jax.Array, g: jax.Array, axes: Sequence[Axis]) -> jax.Array:
+    """Returns the sum over all examples of the convolution of `x` with `g` as the kernel.
+
+    Args:
+      x: `(n, *sizes, c)`.
+      g: `(n, *kernels, c)`: the cotangent, of the dtype of `x`.
+      axes: the geometry, `out` being the size of the true kernel. One of `lhs_dilation` and
+        `rhs_dilation` is 1 on each axis, the same one on all.
+
+    Returns:
+      `(*outs, c)`.
+
+    A sum over all positions for each channel does not vectorise. So neighbouring positions are
+    summed up first, for all taps of a row of the kernel in one pass, which leaves a fraction of the
+    array to reduce.
+    """
+    if any(axis.lhs_dilation > 1 for axis in axes):
+        y = kernel_gradient(g, x, [axis.swapped() for axis in axes])
+        return lax.rev(y, range(y.ndim - 1))
+    if _one_by_one(x):
+        return lax.map(lambda xg: kernel_gradient(xg[0][None], xg[1][None], axes), (x, g)).sum(0)
+    spatial = len(axes)
+    *outer, last = axes
+    part = _partial(last.kernel)
+    positions = [axis.kernel for axis in outer] + [-(-last.kernel // part) * part]
+    g = _pad_end(g, spatial, positions[-1] - last.kernel)
+    # One body has the whole last dimension of the kernel, or a piece of it.
+    pieces = -(-last.out // (_BODY_TAPS // _PARTIAL * 2))
+    body = -(-last.out // pieces)
+    outs = [axis.out for axis in outer] + [pieces * body]
+    reach = [
+        (out - 1) * axis.stride + (count - 1) * axis.rhs_dilation + 1
+        for out, axis, count in zip(outs, axes, positions, strict=True)
+    ]
+    x = _crop(x, [-axis.low for axis in axes], reach)
+    blocks = [*positions[:-1], positions[-1] // part]
+    inner = [0] * (spatial - 1)
+    gs = [_window(g, [*inner, i], blocks, [1] * (spatial - 1) + [part]) for i in range(part)]
+    steps = [axis.rhs_dilation for axis in outer] + [last.rhs_dilation * part]
+
+    def row(x: jax.Array, start: Sequence[int]) -> jax.Array:
+        """The taps of one piece of a row of the kernel, of which the first reads `x` at `start`."""
+        offsets = [
+            [b * last.stride + i * last.rhs_dilation for i in range(part)] for b in range(body)
+        ]
+        xs = {
+            offset: _window(x, [*start[:-1], start[-1] + offset], blocks, steps)
+            for offset in sorted(set(itertools.chain(*offsets)))
+        }
+        partials = _together(
+            [_halves({(i,): xs[offset] * gs[i] for i, offset in enumerate(tap)}) for tap in offsets]
+        )
+        return jnp.stack([p.sum(range(spatial + 1)) for p in partials])
+
+    grid = [*outs[:-1], pieces]
+    apart = [*[axis.stride for axis in outer], body * last.stride]
+    if math.prod(grid) <= _ROWS:
+        starts = [range(0, n * gap, gap) for n, gap in zip(grid, apart, strict=True)]
+        y = jnp.stack([row(x, start) for start in itertools.product(*starts)])
+    else:
+        extent = [whole - (n - 1) * gap for whole, n, gap in zip(reach, grid, apart, strict=True)]
+
+        def step(i):
+            start = [a * gap for a, gap in zip(jnp.unravel_index(i, grid), apart, strict=True)]
+            piece = lax.dynamic_slice(x, (0, *start, 0), (x.shape[0], *extent, x.shape[-1]))
+            return row(piece, [0] * spatial)
+
+        y = lax.map(step, jnp.arange(math.prod(grid)))
+    return lax.slice_in_dim(y.reshape(*outs, -1), 0, last.out, axis=spatial - 1)
+
+
+def _partial(count: int) -> int:
+    """How many neighbours to sum: near `_PARTIAL`, and a divisor of `count` if there is one."""
+    if count <= _PARTIAL + 2:
+        return count
+    return next((u for u in (14, 16, 15, 13, 12, 11, 10, 9, 8, 7) if count % u == 0), _PARTIAL)
+
+
+def _window(
+    x: jax.Array, start: Sequence[int], counts: Sequence[int], steps: Sequence[int]
+) -> jax.Array:
+    """Returns `counts` positions of each spatial dimension, from `start`, `steps` apart."""
+    stop = [s + (n - 1) * step + 1 for s, n, step in zip(start, counts, steps, strict=True)]
+    return lax.slice(x, (0, *start, 0), (x.shape[0], *stop, x.shape[-1]), (1, *steps, 1))
+
+
+def _crop(x: jax.Array, first: Sequence[int], sizes: Sequence[int]) -> jax.Array:
+    """Returns `sizes` positions of each spatial dimension from `first` on, zeros outside `x`."""
+    dims = list(zip(first, sizes, x.shape[1:-1], strict=True))
+    start = [min(max(lo, 0), old) for lo, _, old in dims]
+    stop = [min(max(lo + size, at), old) for (lo, size, old), at in zip(dims, start, strict=True)]
+    # First the slice, then the pads: a `pad` that crops too makes XLA:CPU pad the whole array.
+    x = lax.slice(x, (0, *start, 0), (x.shape[0], *stop, x.shape[-1]))
+    pads = [
+        (at - lo if at < end else size, lo + size - end if at < end else 0, 0)
+        for (lo, size, _), at, end in zip(dims, start, stop, strict=True)
+    ]
+    if not any(map(any, pads)):
+        return x
+    return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
+
+
+def _weigh(window: jax.Array, kernel: jax.Array, tap: Sequence[int]) -> jax.Array:
+    """Returns the window times the weights of a tap."""
+    weights = lax.slice(kernel, (*tap, 0), (*[a + 1 for a in tap], kernel.shape[-1]))
+    return window * lax.broadcast_in_dim(weights.reshape(-1), window.shape, (window.ndim - 1,))
+
+
+def _sum_taps(terms: Mapping[tuple[int, ...], jax.Array]) -> jax.Array:
+    """Sums {tap: product}: each row of the kernel in order, the rows as a tree.
+
+    One chain of 49 additions waits for each of them; this is up to 2 times faster.
+    """
+    rows: dict[tuple[int, ...], jax.Array] = {}
+    for tap, term in terms.items():
+        rows[tap[:-1]] = rows[tap[:-1]] + term if tap[:-1] in rows else term
+    sums = list(rows.values())
+    while len(sums) > 1:
+        pairs = [a + b for a, b in zip(sums[::2], sums[1::2], strict=False)]
+        sums = pairs + sums[2 * len(pairs) :]
+    return sums[0]
+
+
+def _halves(terms: Mapping[tuple[int, ...], jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Returns the sums of the first and of the second half of the terms."""
+    items = list(terms.items())
+    middle = (len(items) + 1) // 2
+    first = _sum_taps(dict(items[:middle]))
+    return first, _sum_taps(dict(items[middle:])) if items[middle:] else jnp.zeros_like(first)
+
+
+def _together(pairs: Sequence[tuple[jax.Array, jax.Array]]) -> list[jax.Array]:
+    """Adds each pair, all in one loop, so that what the pairs have in common is loaded once.
+
+    XLA:CPU has no fusion with several results but one: a `reduce` of several operands.
+    """
+    operands = tuple(jnp.stack(pair) for pair in pairs)
+    zeros = tuple(jnp.zeros((), x.dtype) for x in operands)
+    return list(
+        lax.reduce(
+            operands, zeros, lambda a, b: tuple(p + q for p, q in zip(a, b, strict=True)), (0,)
+        )
+    )

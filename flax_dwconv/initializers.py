@@ -1,0 +1,722 @@
+"""What a Keras initializer identifier means: `f(key, shape, dtype)`, as in `jax.nn.initializers`.
+
+The fans of a kernel (kh, kw, c, m) are Keras's, fan_in = kh * kw * c and fan_out = kh * kw * m,
+though a depthwise output sees kh * kw inputs only; a vector's length is both its fans.
+
+An initializer with a `seed` ignores the key and gives, in float32, the bits that Keras gives on its
+JAX backend for the same seed; without a seed it draws from the key. It is one code path, written
+here because the functions of `jax.nn.initializers` multiply in another order and round otherwise.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_dwconv._vocabulary import (
+    Refused,
+    Vocabulary,
+    assign,
+    choice,
+    integers,
+    number,
+    show,
+    spellings,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Zeros:
+    """All 0.
+
+    Example:
+        >>> print(Zeros()(None, (2,)))
+        [0. 0.]
+
+    Source: `tf.keras.initializers.Zeros`.
+    """
+
+    def __call__(self, key, shape, dtype=jnp.float32):
+        return jnp.zeros(shape, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ones:
+    """All 1.
+
+    Example:
+        >>> print(Ones()(None, (2,)))
+        [1. 1.]
+
+    Source: `tf.keras.initializers.Ones`.
+    """
+
+    def __call__(self, key, shape, dtype=jnp.float32):
+        return jnp.ones(shape, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """All the same number.
+
+    Args:
+        value: the number.
+
+    Raises:
+        TypeError: `value` is not a number.
+        ValueError: `value` is not finite.
+
+    Example:
+        >>> print(Constant(0.5)(None, (2,)))
+        [0.5 0.5]
+
+    Source: `tf.keras.initializers.Constant`.
+    """
+
+    value: float = 0.0
+
+    def __post_init__(self):
+        assign(self, value=number("value", self.value))
+
+    def __call__(self, key, shape, dtype=jnp.float32):
+        return jnp.full(shape, self.value, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """A multiple of the identity matrix; for matrices only, so never for a depthwise kernel.
+
+    Args:
+        gain: the factor.
+
+    Raises:
+        TypeError: `gain` is not a number.
+        ValueError: `gain` is not finite or, at the call, the shape is not of rank 2.
+
+    Example:
+        >>> print(Identity(2.0)(None, (2, 2)))
+        [[2. 0.]
+         [0. 2.]]
+
+    Source: `tf.keras.initializers.Identity`.
+    """
+
+    gain: float = 1.0
+
+    def __post_init__(self):
+        assign(self, gain=number("gain", self.gain))
+
+    def __call__(self, key, shape, dtype=jnp.float32):
+        if len(shape) != 2:
+            raise ValueError(f"`Identity` must initialize a matrix, got the shape {tuple(shape)}.")
+        return self.gain * jnp.eye(*shape, dtype=dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class STFT:
+    """The kernel of a short-time Fourier transform, known by name only.
+
+    It fills kernels of shape (time, 1, frequency), which a depthwise layer never has, so that a
+    call is always refused; the settings can be read and written.
+
+    Args:
+        side: 'real' or 'imag'.
+        window: the name of a window function, or None.
+        scaling: 'density', 'spectrum' or None.
+        periodic: whether the window is.
+
+    Raises:
+        TypeError: an argument is of another type.
+        ValueError: `side` or `scaling` is another word; at every call.
+
+    Example:
+        >>> STFT("imag").window
+        'hann'
+
+    Source: `keras.initializers.STFT`.
+    """
+
+    side: str = "real"
+    window: str | None = "hann"
+    scaling: str | None = "density"
+    periodic: bool = False
+
+    def __post_init__(self):
+        choice("side", self.side, ("real", "imag"))
+        if not isinstance(self.window, str | None):
+            raise TypeError(f"`window` must be a name or None, got {show(self.window)}.")
+        if self.scaling is not None:
+            choice("scaling", self.scaling, ("density", "spectrum"))
+        if not isinstance(self.periodic, bool):
+            raise TypeError(f"`periodic` must be True or False, got {show(self.periodic)}.")
+
+    def __call__(self, key, shape, dtype=jnp.float32):
+        raise ValueError(
+            "`STFT` must initialize the kernel of a spectrogram, which is not implemented here, "
+            f"got the shape {tuple(shape)}."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomNormal:
+    """Independent normal numbers.
+
+    Defined as `mean + stddev * z`, z standard normal.
+
+    Args:
+        mean: the mean.
+        stddev: the standard deviation, non-negative.
+        seed: int or None, see the module.
+
+    Raises:
+        TypeError: an argument is not a number.
+        ValueError: an argument is out of its range.
+
+    Example:
+        >>> RandomNormal(stddev=0.1, seed=3)(None, (3, 3, 4, 2)).shape
+        (3, 3, 4, 2)
+
+    Source: `tf.keras.initializers.RandomNormal`.
+    """
+
+    mean: float = 0.0
+    stddev: float = 0.05
+    seed: int | None = None
+
+    def __post_init__(self):
+        _assign_normal(self)
+
+    def __call__(self, key, shape, dtype=jnp.float32):
+        return _normal(_key(self.seed, key), shape, dtype, self.stddev, self.mean)
+
+
+@dataclasses.dataclass(frozen=True)
+class TruncatedNormal:
+    """Independent normal numbers, cut at two standard deviations.
+
+    Defined as `mean + stddev * z`, z standard normal under the condition |z| < 2.
+
+    Args:
+        mean: the mean.
+        stddev: the standard deviation before the cut, non-negative.
+        seed: int or None, see the module.
+
+    Raises:
+        TypeError: an argument is not a number.
+        ValueError: an argument is out of its range.
+
+    Example:
+        >>> bool(abs(TruncatedNormal(seed=3)(None, (100,))).max() <= 0.1)
+        True
+
+    Source: `tf.keras.initializers.TruncatedNormal`.
+    """
+
+    mean: float = 0.0
+    stddev: float = 0.05
+    seed: int | None = None
+
+    def __post_init__(self):
+        _assign_normal(self)
+
+    def __call__(self, key, shape, dtype=jnp.float32):
+        return _truncated_normal(_key(self.seed, key), shape, dtype, self.stddev, self.mean)
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomUniform:
+    """Independent numbers, uniform in [minval, maxval).
+
+    Args:
+        minval: the lower end.
+        maxval: the upper end, not below `minval`.
+        seed: int or None, see the module.
+
+    Raises:
+        TypeError: an argument is not a number.
+        ValueError: an argument is out of its range.
+
+    Example:
+        >>> bool(abs(RandomUniform(seed=3)(None, (100,))).max() <= 0.05)
+        True
+
+    Source: `tf.keras.initializers.RandomUniform`.
+    """
+
+    minval: float = -0.05
+    maxval: float = 0.05
+    seed: int | None = None
+
+    def __post_init__(self):
+        assign(
+            self,
+            minval=number("minval", self.minval),
+            maxval=number("maxval", self.maxval),
+            seed=_seed(self.seed),
+        )
+        if self.minval > self.maxval:
+            raise ValueError(
+                f"`minval` must not exceed `maxval` (={self.maxval}), got {self.minval}."
+            )
+
+    def __call__(self, key, shape, dtype=jnp.float32):
+        return _uniform(_key(self.seed, key), shape, dtype, self.minval, self.maxval)
+
+
+@dataclasses.dataclass(frozen=True)
+class Orthogonal:
+    """A multiple of a random matrix with orthonormal columns, or rows where those are fewer.
+
+    A kernel (..., m) is the matrix (product of the other axes, m). The matrix is Q of the QR
+    decomposition of normal numbers, its columns turned so that R has a positive diagonal.
+
+    Args:
+        gain: the factor.
+        seed: int or None, see the module.
+
+    Raises:
+        TypeError: an argument is not a number.
+        ValueError: an argument is out of its range or, at the call, the shape has a rank below 2.
+
+    Example:
+        >>> kernel = Orthogonal(seed=3)(None, (3, 3, 1, 2)).reshape(9, 2)
+        >>> print(abs(kernel.T @ kernel).round(3))
+        [[1. 0.]
+         [0. 1.]]
+
+    Source: `tf.keras.initializers.Orthogonal`; Saxe et al. (2014).
+    """
+
+    gain: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self):
+        assign(self, gain=number("gain", self.gain), seed=_seed(self.seed))
+
+    def __call__(self, key, shape, dtype=jnp.float32):
+        if len(shape) < 2:
+            raise ValueError(
+                f"`Orthogonal` must initialize at least a matrix, got the shape {tuple(shape)}."
+            )
+        rows, columns = math.prod(shape[:-1]), shape[-1]
+        # There is no QR in half precision.
+        wide = jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
+        a = jax.random.normal(_key(self.seed, key), (max(rows, columns), min(rows, columns)), wide)
+        q, r = jnp.linalg.qr(a)
+        q = q * jnp.sign(jnp.diag(r))[None, :]
+        return (self.gain * (q.T if rows < columns else q).reshape(shape)).astype(dtype)
+
+
+_NEWER = {"optional": True}  # keys that Keras knows since 3.15: not written while they are None
+_MODES = ("fan_in", "fan_out", "fan_avg")
+_DISTRIBUTIONS = ("truncated_normal", "untruncated_normal", "uniform")
+
+
+@dataclasses.dataclass(frozen=True)
+class VarianceScaling:
+    """Independent numbers whose variance is `scale` divided by a fan.
+
+    With n = fan_in, fan_out or their mean, at least 1: a normal distribution of the variance
+    `scale / n`, cut at two standard deviations ('truncated_normal', the variance being that after
+    the cut) or not, or a uniform one in `sqrt(3 * scale / n) * [-1, 1)`.
+
+    Args:
+        scale: positive.
+        mode: 'fan_in', 'fan_out' or 'fan_avg'.
+        distribution: 'truncated_normal' (or 'normal'), 'untruncated_normal' or 'uniform'.
+        seed: int or None, see the module.
+        input_axes: the axes whose product is fan_in, or None; together with `output_axes`.
+        output_axes: the axes whose product is fan_out, or None.
+
+    Raises:
+        TypeError: an argument is of another type.
+        ValueError: an argument is out of its range or another word.
+
+    Example:
+        >>> import jax
+        >>> kernel = VarianceScaling(2.0, "fan_out")(jax.random.key(0), (3, 3, 8, 64))
+        >>> print(kernel.var().round(3))  # 2 / (3 * 3 * 64)
+        0.003
+
+    Source: `tf.keras.initializers.VarianceScaling`.
+    """
+
+    scale: float = 1.0
+    mode: str = "fan_in"
+    distribution: str = "truncated_normal"
+    seed: int | None = None
+    input_axes: tuple[int, ...] | None = dataclasses.field(default=None, metadata=_NEWER)
+    output_axes: tuple[int, ...] | None = dataclasses.field(default=None, metadata=_NEWER)
+
+    def __post_init__(self):
+        distribution = self.distribution
+        if isinstance(distribution, str):
+            distribution = {"normal": "truncated_normal"}.get(
+                distribution.lower(), distribution.lower()
+            )
+        assign(
+            self,
+            scale=number("scale", self.scale, "finite positive"),
+            mode=choice("mode", self.mode, _MODES),
+            distribution=choice("distribution", distribution, _DISTRIBUTIONS),
+        )
+        _assign_scaling(self)
+
+    def __call__(self, key, shape, dtype=jnp.float32):
+        return _variance_scaling(self, key, shape, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scaling:
+    """A VarianceScaling under a name, with fixed scale, mode and distribution."""
+
+    seed: int | None = None
+    input_axes: tuple[int, ...] | None = dataclasses.field(default=None, metadata=_NEWER)
+    output_axes: tuple[int, ...] | None = dataclasses.field(default=None, metadata=_NEWER)
+    scale: ClassVar[float]
+    mode: ClassVar[str]
+    distribution: ClassVar[str]
+
+    def __post_init__(self):
+        _assign_scaling(self)
+
+    def __call__(self, key, shape, dtype=jnp.float32):
+        return _variance_scaling(self, key, shape, dtype)
+
+
+class GlorotNormal(_Scaling):
+    """Truncated normal numbers of the variance 2 / (fan_in + fan_out).
+
+    Args:
+        seed, input_axes, output_axes: as in `VarianceScaling`.
+
+    Example:
+        >>> GlorotNormal(seed=3)
+        GlorotNormal(seed=3, input_axes=None, output_axes=None)
+
+    Source: `tf.keras.initializers.GlorotNormal`; Glorot and Bengio (2010).
+    """
+
+    scale, mode, distribution = 1.0, "fan_avg", "truncated_normal"
+
+
+class GlorotUniform(_Scaling):
+    """Uniform numbers in sqrt(6 / (fan_in + fan_out)) * [-1, 1): Keras's default for kernels.
+
+    Args:
+        seed, input_axes, output_axes: as in `VarianceScaling`.
+
+    Example:
+        >>> GlorotUniform(seed=3)(None, (3, 3, 4, 2)).shape
+        (3, 3, 4, 2)
+
+    Source: `tf.keras.initializers.GlorotUniform`; Glorot and Bengio (2010).
+    """
+
+    scale, mode, distribution = 1.0, "fan_avg", "uniform"
+
+
+class HeNormal(_Scaling):
+    """Truncated normal numbers of the variance 2 / fan_in.
+
+    Args:
+        seed, input_axes, output_axes: as in `VarianceScaling`.
+
+    Example:
+        >>> HeNormal(seed=3)(None, (3, 3, 4, 2)).shape
+        (3, 3, 4, 2)
+
+    Source: `tf.keras.initializers.HeNormal`; He et al. (2015).
+    """
+
+    scale, mode, distribution = 2.0, "fan_in", "truncated_normal"
+
+
+class HeUniform(_Scaling):
+    """Uniform numbers in sqrt(6 / fan_in) * [-1, 1).
+
+    Args:
+        seed, input_axes, output_axes: as in `VarianceScaling`.
+
+    Example:
+        >>> HeUniform(seed=3)(None, (3, 3, 4, 2)).shape
+        (3, 3, 4, 2)
+
+    Source: `tf.keras.initializers.HeUniform`; He et al. (2015).
+    """
+
+    scale, mode, distribution = 2.0, "fan_in", "uniform"
+
+
+class LecunNormal(_Scaling):
+    """Truncated normal numbers of the variance 1 / fan_in.
+
+    Args:
+        seed, input_axes, output_axes: as in `VarianceScaling`.
+
+    Example:
+        >>> LecunNormal(seed=3)(None, (3, 3, 4, 2)).shape
+        (3, 3, 4, 2)
+
+    Source: `tf.keras.initializers.LecunNormal`; Klambauer et al. (2017).
+    """
+
+    scale, mode, distribution = 1.0, "fan_in", "truncated_normal"
+
+
+class LecunUniform(_Scaling):
+    """Uniform numbers in sqrt(3 / fan_in) * [-1, 1).
+
+    Args:
+        seed, input_axes, output_axes: as in `VarianceScaling`.
+
+    Example:
+        >>> LecunUniform(seed=3)(None, (3, 3, 4, 2)).shape
+        (3, 3, 4, 2)
+
+    Source: `tf.keras.initializers.LecunUniform`.
+    """
+
+    scale, mode, distribution = 1.0, "fan_in", "uniform"
+
+
+class Array:
+    """The values of an array, for a parameter of exactly its shape.
+
+    Args:
+        values: a numpy or jax array of real numbers; copied.
+
+    Raises:
+        TypeError: the array does not hold real numbers, or is traced by jax.
+        ValueError: at the call, the shape is another one.
+
+    Example:
+        >>> import numpy as np
+        >>> initializer = Array(np.ones((3, 3, 4, 1)))
+        >>> initializer
+        Array(shape=(3, 3, 4, 1), dtype=float64)
+        >>> initializer(None, (3, 3, 4, 1)).dtype
+        dtype('float32')
+
+    Source: `keras.initializers.get`, which takes arrays.
+    """
+
+    def __init__(self, values):
+        message = f"`initializer` must be an array of real numbers, got {show(values)}"
+        if isinstance(values, jax.core.Tracer):
+            raise TypeError(f"{message}, which is traced.")
+        if not (
+            jnp.issubdtype(values.dtype, np.integer) or jnp.issubdtype(values.dtype, np.floating)
+        ):
+            raise TypeError(f"{message} of dtype {values.dtype}.")
+        self._values = np.array(values)
+        self._values.flags.writeable = False
+
+    def __call__(self, key, shape, dtype=jnp.float32):
+        if tuple(shape) != self._values.shape:
+            raise ValueError(
+                f"`initializer` must be an array of the parameter's shape {tuple(shape)}, "
+                f"got an array of shape {self._values.shape}."
+            )
+        return jnp.asarray(self._values.astype(dtype))
+
+    def _identity(self):
+        return self._values.shape, str(self._values.dtype), self._values.tobytes()
+
+    def __eq__(self, other):
+        return isinstance(other, Array) and self._identity() == other._identity()
+
+    def __hash__(self):
+        return hash(self._identity())
+
+    def __repr__(self):
+        return f"Array(shape={self._values.shape}, dtype={self._values.dtype})"
+
+
+# The mathematics of the random initializers.
+
+
+def _key(seed, key):
+    """The caller's key or, for a seed, the key that Keras on JAX makes: the words [seed, 0]."""
+    if seed is None:
+        return key
+    words = jnp.asarray(np.array([seed % 2**32, 0], np.uint32))
+    return jax.random.wrap_key_data(words, impl="threefry2x32")
+
+
+def _normal(key, shape, dtype, stddev, mean=0.0):
+    return jax.random.normal(key, shape, dtype) * stddev + mean
+
+
+def _truncated_normal(key, shape, dtype, stddev, mean=0.0):
+    return jax.random.truncated_normal(key, -2.0, 2.0, shape, dtype) * stddev + mean
+
+
+def _uniform(key, shape, dtype, low, high):
+    return jax.random.uniform(key, shape, dtype, low, high)
+
+
+_SHRINKAGE = 0.87962566103423978  # the standard deviation of a normal distribution cut at +-2
+
+
+def _variance_scaling(self, key, shape, dtype):
+    fan_in, fan_out = _fans(shape, self.input_axes, self.output_axes)
+    fan = {"fan_in": fan_in, "fan_out": fan_out, "fan_avg": (fan_in + fan_out) / 2}[self.mode]
+    variance = self.scale / max(1.0, fan)
+    key = _key(self.seed, key)
+    if self.distribution == "truncated_normal":
+        return _truncated_normal(key, shape, dtype, math.sqrt(variance) / _SHRINKAGE)
+    if self.distribution == "untruncated_normal":
+        return _normal(key, shape, dtype, math.sqrt(variance))
+    limit = math.sqrt(3.0 * variance)
+    return _uniform(key, shape, dtype, -limit, limit)
+
+
+def _fans(shape, input_axes, output_axes):
+    """Returns (fan_in, fan_out); for a kernel (..., a, b) the leading axes count in both."""
+    if input_axes is None:
+        if len(shape) < 2:
+            return math.prod(shape), math.prod(shape)
+        *window, a, b = shape
+        return math.prod(window) * a, math.prod(window) * b
+    if not all(-len(shape) <= axis < len(shape) for axis in input_axes + output_axes):
+        raise ValueError(
+            f"`input_axes` and `output_axes` must be within the rank of the shape {tuple(shape)}, "
+            f"got {input_axes} and {output_axes}."
+        )
+    return tuple(math.prod(shape[axis] for axis in axes) for axes in (input_axes, output_axes))
+
+
+# The arguments that several initializers have.
+
+
+def _seed(value):
+    if value is None:
+        return None
+    message = f"`seed` must be None or an integer of at most 64 bits, got {show(value)}."
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(message)
+    if not -(2**63) <= int(value) < 2**64:
+        raise ValueError(message)
+    return int(value)
+
+
+def _assign_normal(self):
+    assign(
+        self,
+        mean=number("mean", self.mean),
+        stddev=number("stddev", self.stddev, "finite non-negative"),
+        seed=_seed(self.seed),
+    )
+
+
+def _assign_scaling(self):
+    axes = {name: getattr(self, name) for name in ("input_axes", "output_axes")}
+    if list(axes.values()).count(None) == 1:
+        raise ValueError(
+            "`input_axes` and `output_axes` must be given together, "
+            f"got {self.input_axes} and {self.output_axes}."
+        )
+    for name, value in axes.items():
+        if value is not None:
+            value = integers(name, value)
+            axes[name] = value if isinstance(value, tuple) else (value,)
+    assign(self, seed=_seed(self.seed), **axes)
+
+
+_NAMES = spellings(
+    Constant,
+    Identity,
+    Ones,
+    Zeros,
+    GlorotNormal,
+    GlorotUniform,
+    HeNormal,
+    HeUniform,
+    LecunNormal,
+    LecunUniform,
+    Orthogonal,
+    RandomNormal,
+    RandomUniform,
+    TruncatedNormal,
+    VarianceScaling,
+)
+
+_VOCABULARY = Vocabulary(
+    kind="initializer",
+    module="keras.initializers",
+    names=_NAMES
+    | {f"{name}V2": cls for name, cls in _NAMES.items()}
+    | spellings(STFT)
+    | {
+        "STFTInitializer": STFT,
+        "IdentityInitializer": Identity,
+        "OrthogonalInitializer": Orthogonal,
+        "normal": RandomNormal,
+        "uniform": RandomUniform,
+        "one": Ones,
+        "zero": Zeros,
+    }
+    | dict.fromkeys(
+        ("Initializer", "initializer"), Refused("is the base class, which has no values")
+    ),
+    ignored=frozenset({"dtype"}),  # of TensorFlow 1
+    synonyms=((jax.nn.initializers.zeros, Zeros()), (jax.nn.initializers.ones, Ones())),
+)
+
+
+def get(identifier) -> Callable[..., jax.Array] | None:
+    """Returns the initializer that a Keras identifier stands for.
+
+    Args:
+        identifier: None (which is returned); a name such as 'he_normal', 'zeros' or 'HeNormalV2';
+            a config dict of Keras 3 or of the old tf.keras; one of the classes here, or an
+            instance; a numpy or jax array, for a parameter of its shape; or any callable
+            f(key, shape, dtype) such as those of `jax.nn.initializers`, returned as it is.
+
+    Returns:
+        A callable f(key, shape, dtype=float32) -> array, or None.
+
+    Raises:
+        TypeError: the identifier is of another type.
+        ValueError: the name or an argument in the config is unknown, or its value not allowed.
+
+    Example:
+        >>> get("random_normal")
+        RandomNormal(mean=0.0, stddev=0.05, seed=None)
+        >>> get({"class_name": "Constant", "config": {"value": 2}})
+        Constant(value=2.0)
+
+    Source: `tf.keras.initializers.get`.
+    """
+    if isinstance(identifier, np.ndarray | jax.Array):
+        return Array(identifier)
+    return _VOCABULARY.get(identifier)
+
+
+def serialize(obj) -> dict[str, Any] | None:
+    """Returns the config dict that `get`, and Keras 3, read back.
+
+    Args:
+        obj: None, or anything that `get` takes and that is not an array or a foreign callable.
+
+    Returns:
+        None, or a dict of JSON's types.
+
+    Raises:
+        TypeError: `get` does not take it.
+        ValueError: it has no Keras name, as an array has none.
+
+    Example:
+        >>> serialize("he_normal")["class_name"]
+        'HeNormal'
+        >>> serialize(HeNormal(seed=3))["config"]
+        {'seed': 3}
+
+    Source: `tf.keras.initializers.serialize`.
+    """
+    return _VOCABULARY.serialize(get(obj))

@@ -1,0 +1,37 @@
+"""What the whole suite runs under: the CPU, Keras on JAX, no files of the user, strict JAX."""
+
+import os
+import tempfile
+
+# Keras reads these when it is imported, JAX when it first runs: before any test module. A folder of
+# our own keeps the user's keras.json, which sets the default of `data_format`, out of the tests.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["KERAS_BACKEND"] = "jax"
+_keras_home = tempfile.TemporaryDirectory(prefix="flax_dwconv_keras_")
+os.environ["KERAS_HOME"] = _keras_home.name
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+
+def _config(**flags):
+    """Yields with JAX's flags set to these values, then puts the old ones back."""
+    old = {name: getattr(jax.config, name) for name in flags}
+    for name, value in flags.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in old.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(autouse=True)
+def strict_jax():
+    """No silent promotion of dtypes or ranks. A module that runs Keras overrides this fixture."""
+    yield from _config(jax_numpy_dtype_promotion="strict", jax_numpy_rank_promotion="raise")
+
+
+@pytest.fixture
+def x64():
+    """float64 for one test: `jax.enable_x64` is younger than our oldest JAX, `jax.experimental`'s
+    older than our newest, the flag is in all of them."""
+    yield from _config(jax_enable_x64=True)
