@@ -181,7 +181,7 @@ def train(
 
 
 @jax.jit
-def _intermediates(params: Any, x: np.ndarray) -> dict[str, Any]:
+def _intermediates(params: Any, x: np.ndarray) -> Any:
     """Returns the outputs of every submodule, nested as the parameters are."""
     _, state = Classifier().apply({"params": params}, x, capture_intermediates=True)
     return state["intermediates"]

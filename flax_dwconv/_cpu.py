@@ -10,13 +10,15 @@ This is the only file that touches what JAX does not promise to keep:
 - `jax.experimental.xla_metadata.set_xla_metadata`, which sets the tag;
 - `jax.interpreters.mlir.register_lowering` and `.lower_fun`;
 - `jax.interpreters.mlir._platform_specific_lowerings` and `._lowerings`: the earlier rule;
-- `LoweringRuleContext.jaxpr_eqn_ctx.xla_metadata`, where the rule reads the tag.
+- `LoweringRuleContext.jaxpr_eqn_ctx.xla_metadata`, where the rule reads the tag, and `.name_stack`,
+  which tells whether it compiles differentiated code.
 
 If one of them goes away, one warning says so and XLA compiles every convolution.
 """
 
 import contextlib
 import functools
+import inspect
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -28,6 +30,7 @@ from jax import lax
 
 from flax_dwconv import _taps
 
+set_xla_metadata: Any
 try:
     from jax.experimental.xla_metadata import set_xla_metadata
 except ImportError:  # `_register` says so
@@ -116,8 +119,11 @@ def accelerate(f=None):
     return wrapper
 
 
-def _plan(lhs: Any, rhs: Any, out: Any, params: dict[str, Any]) -> Callable[..., jax.Array] | None:
-    """Returns the function (lhs, rhs) -> out of a depthwise convolution, or None for any other.
+@functools.lru_cache(maxsize=1024)
+def _plan(lhs: Any, rhs: Any, out: Any, **params: Any) -> Callable[..., jax.Array] | None:
+    """Returns the jitted function (lhs, rhs) -> out of a depthwise convolution, else None.
+
+    The cache makes equal convolutions of a network one function, which JAX traces and lowers once.
 
     With the groups `c` split off the axis that holds them, every convolution is
 
@@ -161,19 +167,17 @@ def _plan(lhs: Any, rhs: Any, out: Any, params: dict[str, Any]) -> Callable[...,
     accumulator = max(lhs.dtype, out.dtype, jnp.dtype("float32"), key=lambda dtype: dtype.itemsize)
 
     def compute(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        x = _split(x.astype(accumulator), lhs_spec[0 if batch_groups > 1 else 1], groups)
-        kernel = _split(kernel.astype(accumulator), rhs_spec[0], groups)
         x, kernel = _materialize(
-            lax.transpose(x, (*lhs_spec, x.ndim - 1)),
-            lax.transpose(kernel, (*rhs_spec, kernel.ndim - 1)),
+            _groups_last(x.astype(accumulator), lhs_spec, 0 if batch_groups > 1 else 1, groups),
+            _groups_last(kernel.astype(accumulator), rhs_spec, 0, groups),
         )
-        y = algorithm(x, kernel, axes)
-        # (n, m, *outs, c) -> (n, c * m, *outs) -> the order of `out_spec`.
-        y = jnp.moveaxis(y, -1, 1)
-        y = y.reshape(n, groups * m, *y.shape[3:]).astype(out.dtype)
-        return lax.transpose(y, sorted(range(y.ndim), key=out_spec.__getitem__))
+        y = algorithm(x, kernel, axes)  # (n, m, *outs, c)
+        order = [(0,), (y.ndim - 1, 1), *[(i,) for i in range(2, y.ndim - 1)]]
+        at = sorted(range(len(order)), key=out_spec.__getitem__)
+        y = lax.transpose(y, [d for i in at for d in order[i]])
+        return y.reshape(out.shape).astype(out.dtype)
 
-    return compute
+    return jax.jit(compute)
 
 
 # A depthwise convolution pairs few features within a group: both its multiplier and an axis of
@@ -198,26 +202,30 @@ def _sum_contracted(x: jax.Array, kernel: jax.Array, axes: Sequence[_taps.Axis])
     return jax.vmap(convolve, (1, 1))(x, kernel).sum(0)
 
 
-def _split(x: jax.Array, axis: int, groups: int) -> jax.Array:
-    """Moves the groups, the major part of an axis, to a last axis of their own."""
-    shape = (*x.shape[:axis], groups, x.shape[axis] // groups, *x.shape[axis + 1 :])
-    return jnp.moveaxis(x.reshape(shape), axis, -1)
+def _groups_last(x: jax.Array, spec: Sequence[int], grouped: int, groups: int) -> jax.Array:
+    """Transposes to the order of `spec`, and the groups, major in `spec[grouped]`, to the end."""
+    axis = spec[grouped]
+    x = x.reshape(*x.shape[:axis], groups, x.shape[axis] // groups, *x.shape[axis + 1 :])
+    return lax.transpose(x, (*[d + (d >= axis) for d in spec], axis))
 
 
 def _materialize(*arrays: jax.Array) -> Sequence[jax.Array]:
-    """Keeps XLA from computing the arrays anew for every tap that reads them.
-
-    In a network the operands are expressions, which XLA:CPU fuses into every reader, and by the
-    time it does, an `optimization_barrier` is gone. A call that is not inlined stays, and costs
-    nothing.
-    """
-    if set_xla_metadata is None:
-        return lax.optimization_barrier(arrays)
-    with set_xla_metadata(inlineable="false"):
-        return _identity(*arrays)
+    """Keeps XLA from computing the arrays anew for every tap that reads them."""
+    return _called(_identity, *arrays)
 
 
 _identity = jax.jit(lambda *arrays: arrays)
+
+
+def _called(jitted: Callable[..., Any], *arrays: jax.Array) -> Any:
+    """Calls a jitted function so that XLA fuses nothing into it and nothing out of it.
+
+    In a network, operands are expressions and results have several readers, and XLA:CPU fuses an
+    expression into each of its readers. When it does, an `optimization_barrier` is gone already; a
+    call that is not inlined stays, and costs nothing.
+    """
+    with set_xla_metadata(inlineable="false"):
+        return jitted(*arrays)
 
 
 def _register() -> None:
@@ -229,18 +237,24 @@ def _register() -> None:
             raise ImportError("jax.experimental.xla_metadata.set_xla_metadata")
         primitive = lax.conv_general_dilated_p
         lowerings = mlir._platform_specific_lowerings["cpu"]
-        entry = lowerings[primitive] if primitive in lowerings else mlir._lowerings[primitive]
+        entry: Any = lowerings[primitive] if primitive in lowerings else mlir._lowerings[primitive]
         earlier = getattr(entry, "rule", entry)
 
         def rule(ctx, lhs, rhs, **params):
             metadata = getattr(ctx.jaxpr_eqn_ctx, "xla_metadata", None) or {}
-            if _KEY in metadata:
-                compute = _plan(*ctx.avals_in, *ctx.avals_out, params)
-                if compute is not None:
-                    return mlir.lower_fun(compute, multiple_results=False)(ctx, lhs, rhs)
-            return earlier(ctx, lhs, rhs, **params)
+            compute = _plan(*ctx.avals_in, *ctx.avals_out, **params) if _KEY in metadata else None
+            if compute is None:
+                return earlier(ctx, lhs, rhs, **params)
+            # The activation may be fused into an inference. Differentiated code reads every result
+            # more than once: a batch normalization made XLA compile and compute each one 8 times.
+            if "jvp(" in str(ctx.name_stack):
+                compute = functools.partial(_called, compute)
+            return mlir.lower_fun(compute, multiple_results=False)(ctx, lhs, rhs)
 
-        mlir.register_lowering(primitive, rule, platform="cpu")
+        # A cached lowering would not know the name stack.
+        cacheable = "cacheable" in inspect.signature(mlir.register_lowering).parameters
+        options = {"cacheable": False} if cacheable else {}
+        mlir.register_lowering(primitive, rule, platform="cpu", **options)
     except (ImportError, AttributeError, KeyError, TypeError) as error:
         warnings.warn(
             f"flax_dwconv cannot hook into this JAX ({jax.__version__}: {error!r}): XLA compiles "

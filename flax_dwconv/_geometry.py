@@ -27,7 +27,7 @@ def is_int(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def pair(value: Any, name: str) -> Pair:
+def _pair(value: Any, name: str) -> Pair:
     """Returns one positive int, or two, as a pair.
 
     Raises:
@@ -48,7 +48,7 @@ def positive_int(value: Any, name: str) -> int:
     return int(value)
 
 
-def padding(value: Any) -> Padding:
+def _padding(value: Any) -> Padding:
     """Returns "valid", "same" or ((top, bottom), (left, right)).
 
     Strings are read in any case; an int n >= 0 pads every side by n; explicit pads may be negative,
@@ -78,7 +78,7 @@ def padding(value: Any) -> Padding:
     )
 
 
-def data_format(value: Any) -> str:
+def _data_format(value: Any) -> str:
     """Returns "channels_last" or "channels_first", read in any case.
 
     Raises:
@@ -101,35 +101,20 @@ def default_data_format() -> str:
     folder = pathlib.Path(home) if home else pathlib.Path("~/.keras").expanduser()
     try:
         config = json.loads((folder / "keras.json").read_text(encoding="utf-8"))
-        return data_format(config["image_data_format"])
+        return _data_format(config["image_data_format"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "channels_last"
 
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """The geometry of one depthwise convolution; arguments in Keras's forms, fields canonical.
-
-    Raises:
-      ValueError: for an argument that has no meaning.
-    """
+    """The geometry of one depthwise convolution, in the form that `window` gives it."""
 
     kernel_size: Pair
-    strides: Pair = (1, 1)
-    padding: Padding = "valid"
-    dilation_rate: Pair = (1, 1)
-    data_format: str = "channels_last"
-
-    def __post_init__(self):
-        canonical = {
-            "kernel_size": pair(self.kernel_size, "kernel_size"),
-            "strides": pair(self.strides, "strides"),
-            "padding": padding(self.padding),
-            "dilation_rate": pair(self.dilation_rate, "dilation_rate"),
-            "data_format": data_format(self.data_format),
-        }
-        for name, value in canonical.items():
-            object.__setattr__(self, name, value)
+    strides: Pair
+    padding: Padding
+    dilation_rate: Pair
+    data_format: str
 
     @property
     def spatial_axes(self) -> Pair:
@@ -162,7 +147,7 @@ class Window:
             if self.padding == "same":
                 result[axis] = -(-size // self.strides[i])
                 continue
-            pads = (0, 0) if self.padding == "valid" else self.padding[i]
+            pads = (0, 0) if isinstance(self.padding, str) else self.padding[i]
             effective = (self.kernel_size[i] - 1) * self.dilation_rate[i] + 1
             result[axis] = (size + sum(pads) - effective) // self.strides[i] + 1
             if is_int(size) and result[axis] <= 0:
@@ -174,3 +159,20 @@ class Window:
                 )
         result[self.channel_axis] = channels
         return tuple(result)
+
+
+def window(
+    kernel_size: Any, strides: Any, padding: Any, dilation_rate: Any, data_format: Any
+) -> Window:
+    """Returns the geometry that arguments in Keras's forms stand for.
+
+    Raises:
+      ValueError: for an argument that has no meaning.
+    """
+    return Window(
+        _pair(kernel_size, "kernel_size"),
+        _pair(strides, "strides"),
+        _padding(padding),
+        _pair(dilation_rate, "dilation_rate"),
+        _data_format(data_format),
+    )

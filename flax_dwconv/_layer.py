@@ -79,14 +79,14 @@ class Settings:
         for name, value in canonical.items():
             object.__setattr__(self, name, value)  # a linen module is frozen after its construction
         if hasattr(super(), "__post_init__"):
-            super().__post_init__()
+            super().__post_init__()  # pyrefly: ignore[missing-attribute]
 
     @property
     def _window(self) -> _geometry.Window:
         data_format = self.data_format
         if data_format is None:
             data_format = _geometry.default_data_format()
-        return _geometry.Window(
+        return _geometry.window(
             self.kernel_size, self.strides, self.padding, self.dilation_rate, data_format
         )
 
@@ -190,7 +190,7 @@ class Settings:
 
     def _parameters(self, channels: int) -> dict[str, Parameter]:
         """Returns what to create for inputs of `channels`, the kernel before the bias."""
-        kh, kw = _geometry.pair(self.kernel_size, "kernel_size")
+        kh, kw = self._window.kernel_size
         m = self.depth_multiplier
         shapes = {"kernel": (kh, kw, channels, m)} | (
             {"bias": (channels * m,)} if self.use_bias else {}
@@ -257,7 +257,7 @@ class Settings:
 
         The activity's is divided by the batch size: 0 for an empty batch.
         """
-        tensors = {"activity": y, "kernel": kernel, "bias": bias}
+        tensors: dict[str, Any] = {"activity": y, "kernel": kernel, "bias": bias}
         result = {}
         for name in self._penalty_names:
             argument = f"{_PENALTIES[name]}_regularizer"

@@ -339,10 +339,10 @@ def constrain(constraints) -> optax.GradientTransformation:
     weight that the projection does not move keeps its update bit for bit.
 
     Args:
-        constraints: a tree like the parameters, of projections w -> w or of names as in `get`; None,
-            or nothing at all, where a parameter is free. One projection in place of a subtree is
-            that of all parameters below it. `collect_constraints` makes such a tree. The parameters
-            may be of another kind of mapping, `nnx.State` for instance, and boxed.
+        constraints: a tree like the parameters, of projections w -> w or of names as in `get`;
+            None, or nothing at all, where a parameter is free. One projection in place of a
+            subtree is that of all parameters below it. `collect_constraints` makes such a tree. The
+            parameters may be another kind of mapping, `nnx.State` for instance, and boxed.
 
     Returns:
         An `optax.GradientTransformation` without state.
@@ -364,9 +364,8 @@ def constrain(constraints) -> optax.GradientTransformation:
     projections = {_path(keys): get(leaf) for keys, leaf in flat}
 
     def projection(path):
-        return next(
-            (projections[path[:n]] for n in range(len(path) + 1) if path[:n] in projections), None
-        )
+        above = (path[:n] for n in range(len(path) + 1))
+        return next((projections[place] for place in above if place in projections), None)
 
     def init(params):
         flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_absent)
@@ -398,16 +397,10 @@ def constrain(constraints) -> optax.GradientTransformation:
 def _step(project, p, u):
     """Returns the update, in u's dtype, that takes p to project(p + u)."""
     p, u = jnp.asarray(p), jnp.asarray(u)
-
-    def land(step):
-        return at_least_float32((at_least_float32(p) + at_least_float32(step)).astype(p.dtype))
-
-    new = land(u)
-    wanted = at_least_float32(project(new.astype(p.dtype)))
-    step = (wanted - at_least_float32(p)).astype(u.dtype)
-    # p + (wanted - p) may miss `wanted` by a rounding; what it misses is exact, and added once more.
-    step = (at_least_float32(step) + (wanted - land(step))).astype(u.dtype)
-    return jnp.where(wanted == new, u, step)
+    new = (at_least_float32(p) + at_least_float32(u)).astype(p.dtype)
+    wanted = project(new).astype(p.dtype)
+    step = at_least_float32(wanted) - at_least_float32(p)
+    return jnp.where(wanted == new, u, step.astype(u.dtype))
 
 
 def _path(keys):

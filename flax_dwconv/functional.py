@@ -86,7 +86,7 @@ def depthwise_conv2d(
     if kernel.ndim != 4:
         raise ValueError(f"`kernel` must have shape (kh, kw, c, m), got {kernel.shape}.")
     kh, kw, c, m = kernel.shape
-    window = _geometry.Window((kh, kw), strides, padding, dilation_rate, data_format)
+    window = _geometry.window((kh, kw), strides, padding, dilation_rate, data_format)
     if x.ndim < 3:
         axes = "h, w, c" if window.data_format == "channels_last" else "c, h, w"
         raise ValueError(f"`x` must have shape (*batch, {axes}), got {x.shape}.")

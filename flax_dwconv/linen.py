@@ -5,6 +5,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from flax.core import meta
 
 from flax_dwconv import _layer
@@ -98,7 +99,7 @@ class DepthwiseConv2D(_layer.Settings, nn.Module):
                     "losses",
                     name,
                     value,
-                    init_fn=lambda: 0.0,
+                    init_fn=lambda: jnp.float32(0),
                     reduce_fn=_layer.REDUCTIONS[name],
                 )
         return y

@@ -814,7 +814,7 @@ ERRORS = [
     (
         lambda: DepthwiseConv2D.from_config({"class_name": "Conv2D", "config": {"kernel_size": 3}}),
         ValueError,
-        "`config` must be of a DepthwiseConv2D, got `class_name`='Conv2D'.",
+        "`config` must be of Keras's DepthwiseConv2D, got 'Conv2D'.",
     ),
     (
         lambda: DepthwiseConv2D.from_config({"class_name": "DepthwiseConv2D", "config": None}),

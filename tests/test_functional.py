@@ -331,7 +331,7 @@ def test_jvp_is_the_product_rule(case):
 
 
 @pytest.mark.parametrize("mode", ["fwd", "rev"])
-@few
+@two
 def test_derivatives_to_second_order_against_finite_differences(case, mode):
     """The operator is bilinear: in one operand at a time, a step of 1 makes no error at all."""
     x, kernel, _ = case.arrays()
@@ -423,7 +423,7 @@ def test_nested_vmap_is_two_loops(case):
 
 
 @pytest.mark.parametrize("in_axes", [(0, None), (None, 0), (0, 0)], ids=str)
-@few
+@two
 def test_vmap_of_gradients_is_a_loop(case, in_axes):
     x, kernel, g = case.arrays()
     (xs, each_x), (ks, each_k) = batched(x, in_axes[0]), batched(kernel, in_axes[1])

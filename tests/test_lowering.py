@@ -1,0 +1,379 @@
+"""The CPU lowering: the values of XLA's convolution under every transformation, and in use.
+
+Operands are small integers in floating point, so that every order of summation gives the same bits.
+"""
+
+import functools
+import threading
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import flax_dwconv
+from flax_dwconv import _taps, depthwise_conv2d
+
+# kernel size, strides, padding, dilation rate, multiplier, channels_first, image size
+CASES = {
+    "3x3": ((3, 3), 1, "same", 1, 1, False, (9, 8)),
+    "3x3 stride 2": ((3, 3), 2, "same", 1, 1, False, (9, 8)),
+    "3x3 strides and multiplier": ((3, 3), (2, 3), "valid", 1, 2, False, (9, 8)),
+    "2x5 dilated channels_first": ((2, 5), 1, "same", (2, 3), 2, True, (7, 13)),
+    "stride and dilation": ((3, 3), 2, ((2, 1), (0, 3)), 2, 1, False, (9, 8)),
+    "negative pads": ((3, 3), 1, ((-1, 1), (2, -1)), 1, 1, False, (9, 8)),
+    "pads beyond the kernel": ((2, 2), 1, ((4, 3), (5, 4)), 1, 1, False, (3, 4)),
+    "1x1": ((1, 1), 1, "valid", 1, 1, False, (4, 5)),
+    "1x1 stride 3": ((1, 1), 3, "valid", 1, 1, False, (7, 8)),
+    "4x4 stride 3 multiplier 3": ((4, 4), 3, "same", 1, 3, True, (9, 8)),
+    "7x7 in tiles": ((7, 7), 1, "same", 1, 1, False, (9, 8)),
+    "7x7 stride 2 in tiles": ((7, 7), 2, "same", 1, 1, False, (15, 17)),
+    "9x11 in a loop": ((9, 11), 1, "same", 1, 1, False, (12, 13)),
+    "kernel as large as the image": ((6, 5), 1, "valid", 1, 1, False, (6, 5)),
+}
+GRADIENT_CASES = ["3x3 stride 2", "2x5 dilated channels_first", "7x7 in tiles"]
+
+
+def operands(name, batch=2, channels=3, dtype=jnp.float32, seed=0):
+    (kh, kw), _, _, _, m, first, (h, w) = CASES[name]
+    rng = np.random.default_rng(seed)
+    shape = (batch, channels, h, w) if first else (batch, h, w, channels)
+    return integers(rng, shape, dtype), integers(rng, (kh, kw, channels, m), dtype)
+
+
+def integers(rng, shape, dtype=jnp.float32):
+    return jnp.asarray(rng.integers(-3, 4, shape), dtype)
+
+
+def convolution(name, method):
+    _, strides, padding, dilation_rate, _, first, _ = CASES[name]
+    return functools.partial(
+        depthwise_conv2d,
+        strides=strides,
+        padding=padding,
+        dilation_rate=dilation_rate,
+        data_format="channels_first" if first else "channels_last",
+        method=method,
+    )
+
+
+def check(make, name, *args):
+    """`make(f)` gives the same bits for both methods, and without a convolution for "auto"."""
+    fast = jax.jit(make(convolution(name, "auto")))
+    slow = jax.jit(make(convolution(name, "lax")))
+    assert "conv_general_dilated" in str(jax.make_jaxpr(fast)(*args))
+    compiled = fast.lower(*args).compile()
+    assert " convolution(" not in compiled.as_text()
+    assert " convolution(" in slow.lower(*args).compile().as_text()
+    jax.tree.map(np.testing.assert_array_equal, compiled(*args), slow(*args))
+
+
+def vjp(f):
+    return lambda x, kernel, g: jax.vjp(f, x, kernel)[1](g)
+
+
+def cotangent(name, *args):
+    shape = jax.eval_shape(convolution(name, "lax"), *args)
+    return integers(np.random.default_rng(7), shape.shape, shape.dtype)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_forward_and_gradients(name):
+    x, kernel = operands(name)
+    check(lambda f: lambda x, k, g: (f(x, k), vjp(f)(x, k, g)), name, x, kernel,
+          cotangent(name, x, kernel))  # fmt: skip
+
+
+def jvp(f):
+    return lambda x, k, g: jax.jvp(f, (x, k), (k.sum() * x, -k))
+
+
+def hessian_vector_product(f):
+    def directional(x, k, g):
+        return jax.jvp(lambda x, k: vjp(f)(x, k, g), (x, k), (x + 1, k - 1))
+
+    return directional
+
+
+def reverse_over_reverse(f):
+    return lambda x, k, g: jax.vjp(vjp(f), x, k, g)[1]((x + 2, k + 2))
+
+
+def transpose(f):
+    return lambda x, k, g: jax.linear_transpose(lambda x: f(x, k), x)(g)
+
+
+def checkpoint(f):
+    return lambda x, k, g: vjp(jax.checkpoint(f))(x, k, g)
+
+
+def scan(f):
+    def run(x, k, g):
+        return lax.scan(lambda k, g: (k - 1, vjp(f)(x, k, g)), k, jnp.stack([g, -g]))
+
+    return run
+
+
+def cond(f):
+    return lambda x, k, g: lax.cond(k.sum() > 0, vjp(f), lambda x, k, g: vjp(f)(-x, k, g), x, k, g)
+
+
+def fori(f):
+    def run(x, k, g):
+        return lax.fori_loop(0, 2, lambda i, xk: vjp(f)(x, xk[1] % 5, g), (x, k))
+
+    return run
+
+
+@pytest.mark.parametrize("name", GRADIENT_CASES)
+@pytest.mark.parametrize(
+    "make",
+    [jvp, hessian_vector_product, reverse_over_reverse, transpose, checkpoint, scan, cond, fori],
+)
+def test_transformations(make, name):
+    x, kernel = operands(name)
+    check(make, name, x, kernel, cotangent(name, x, kernel))
+
+
+@pytest.mark.parametrize("name", GRADIENT_CASES)
+@pytest.mark.parametrize("axes", [(0, None, 0), (None, 0, 0), (0, 0, None), (None, None, 0)])
+def test_vmap_of_gradients(axes, name):
+    x, kernel = operands(name)
+    g = cotangent(name, x, kernel)
+    args = [
+        a if axis is None else jnp.stack([a, a - 1, 2 * a])
+        for a, axis in zip((x, kernel, g), axes, strict=True)
+    ]
+    check(lambda f: jax.vmap(vjp(f), axes), name, *args)
+
+
+@pytest.mark.parametrize("name", ["3x3", "3x3 strides and multiplier"])
+def test_nested_vmap_and_unbatched(name):
+    x, kernel = operands(name)
+    xs, kernels = jnp.stack([x, x + 1]), jnp.stack([kernel, -kernel, kernel + 1])
+    check(lambda f: jax.vmap(jax.vmap(f, (None, 0)), (0, None)), name, xs, kernels)
+    check(lambda f: f, name, x[0], kernel)
+
+
+def test_hessian():
+    x, kernel = operands("3x3 stride 2", batch=1, channels=2)
+    check(
+        lambda f: jax.hessian(lambda x, k: (f(x, k) ** 2).sum(), (0, 1)), "3x3 stride 2", x, kernel
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("name", ["3x3", "7x7 in tiles"])
+def test_dtypes(name, dtype, x64):
+    x, kernel = operands(name, dtype=dtype)
+    g = cotangent(name, x, kernel)
+    check(lambda f: lambda x, k, g: (f(x, k), *vjp(f)(x, k, g)), name, x, kernel, g)
+
+
+@pytest.mark.parametrize("name", ["3x3", "3x3 stride 2", "7x7 in tiles", "9x11 in a loop"])
+def test_half_precision_accumulates_in_float32(name):
+    """One rounding at the end: the error is half a unit of the last place of the result."""
+    rng = np.random.default_rng(0)
+    (kh, kw), *_, (h, w) = CASES[name]
+    x = jnp.asarray(rng.normal(size=(2, h, w, 3)), jnp.bfloat16)
+    kernel = jnp.asarray(rng.normal(size=(kh, kw, 3, 1)), jnp.bfloat16)
+    y = convolution(name, "auto")(x, kernel)
+    exact = convolution(name, "lax")(x.astype(jnp.float32), kernel.astype(jnp.float32))
+    np.testing.assert_array_less(
+        np.abs(y.astype(np.float32) - exact), 2.0**-8 * np.abs(exact) + 1e-5
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_normal_numbers(name):
+    rng = np.random.default_rng(1)
+    x, kernel = (jnp.asarray(rng.normal(size=a.shape), a.dtype) for a in operands(name))
+    g = cotangent(name, x, kernel)
+    fast, slow = (jax.jit(vjp(convolution(name, m)))(x, kernel, g) for m in ("auto", "lax"))
+    for a, b in zip(fast, slow, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+
+
+def plain(x, kernel, rank=2, **kwargs):
+    """A depthwise convolution of any rank, as a model writes it that knows nothing of us."""
+    spec = ("NDHWC"[-rank - 1 :], "DHWIO"[-rank - 2 :])
+    spec = ("N" + spec[0].lstrip("N"), spec[1], "N" + spec[0].lstrip("N"))
+    return lax.conv_general_dilated(
+        x, kernel, (1,) * rank, "SAME", dimension_numbers=spec, feature_group_count=x.shape[-1],
+        **kwargs,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_accelerate_any_rank(rank):
+    rng = np.random.default_rng(0)
+    x = integers(rng, (2, *(6, 5, 4)[:rank], 3))
+    kernel = integers(rng, (3,) * rank + (1, 6))
+    f = functools.partial(plain, rank=rank)
+    fast = flax_dwconv.accelerate(jax.jit(f))
+    assert " convolution(" not in fast.lower(x, kernel).compile().as_text()
+    np.testing.assert_array_equal(fast(x, kernel), f(x, kernel))
+    g = integers(rng, (2, *(6, 5, 4)[:rank], 6))
+    accelerated = jax.jit(flax_dwconv.accelerate(vjp(f)))
+    assert " convolution(" not in accelerated.lower(x, kernel, g).compile().as_text()
+    jax.tree.map(np.testing.assert_array_equal, accelerated(x, kernel, g), vjp(f)(x, kernel, g))
+
+
+@pytest.mark.parametrize("spec", [("NHWC", "OIHW", "NCHW"), ("HWNC", "HWOI", "CNHW")])
+def test_any_dimension_numbers(spec):
+    rng = np.random.default_rng(0)
+    sizes = {"N": 2, "H": 6, "W": 5, "C": 4, "O": 8, "I": 1}
+    x = integers(rng, [sizes[d] for d in spec[0]])
+    kernel = integers(rng, [sizes[d] if d in "OI" else 3 for d in spec[1]])
+
+    def f(x, kernel):
+        return lax.conv_general_dilated(
+            x, kernel, (1, 2), "SAME", dimension_numbers=spec, feature_group_count=4
+        )
+
+    fast = jax.jit(flax_dwconv.accelerate(f))
+    assert " convolution(" not in fast.lower(x, kernel).compile().as_text()
+    np.testing.assert_array_equal(fast(x, kernel), f(x, kernel))
+    g = f(x, kernel)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        jax.jit(flax_dwconv.accelerate(vjp(f)))(x, kernel, g),
+        vjp(f)(x, kernel, g),
+    )
+
+
+def text(f, *args):
+    """The StableHLO of `f`, without what names our call sites."""
+    return jax.jit(f).lower(*args).as_text()
+
+
+def test_untagged_and_not_depthwise_run_as_before():
+    rng = np.random.default_rng(0)
+    x, kernel = integers(rng, (1, 6, 6, 4)), integers(rng, (3, 3, 4, 8))
+    dense = functools.partial(lax.conv_general_dilated, window_strides=(1, 1), padding="SAME",
+                              dimension_numbers=("NHWC", "HWIO", "NHWC"))  # fmt: skip
+    with flax_dwconv.accelerate():
+        assert "stablehlo.convolution" in text(lambda x, k: dense(x, k), x, kernel)
+    assert "flax_dwconv" not in text(lambda x, k: dense(x, k), x, kernel)
+    assert "stablehlo.convolution" in text(lambda x, k: plain(x, k), x, kernel.reshape(3, 3, 1, -1))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((0, 6, 6, 3), "float32"), ((1, 6, 6, 3), "int32"), ((1, 6, 6, 3), "complex64")],
+)
+def test_what_is_left_to_xla(shape, dtype):
+    x = jnp.ones(shape, dtype)
+    y = jax.jit(depthwise_conv2d)(x, jnp.ones((3, 3, 3, 1), dtype))
+    np.testing.assert_array_equal(y, np.full((shape[0], 4, 4, 3), 9, dtype))
+
+
+def test_other_platforms_keep_the_convolution():
+    x, kernel = operands("3x3")
+    for platform in ("tpu", "cuda"):
+        lowered = jax.jit(vjp(convolution("3x3", "auto"))).trace(
+            x, kernel, cotangent("3x3", x, kernel)
+        ).lower(lowering_platforms=(platform,)).as_text()  # fmt: skip
+        assert lowered.count("stablehlo.convolution") == 2
+        assert "stablehlo.pad" not in lowered
+
+
+def uses_taps(f):
+    x, kernel = jnp.ones((1, 6, 6, 2)), jnp.ones((3, 3, 1, 2))
+    return "stablehlo.convolution" not in jax.jit(f).lower(x, kernel).as_text()
+
+
+def test_accelerate_scopes():
+    scope = flax_dwconv.accelerate()
+    with scope:
+        with scope:  # the same object, again
+            assert uses_taps(lambda x, k: plain(x, k))
+        assert uses_taps(lambda x, k: plain(x, k))
+        seen = []
+        thread = threading.Thread(target=lambda: seen.append(uses_taps(lambda x, k: plain(x, k))))
+        thread.start()
+        thread.join()
+        assert seen == [False]  # a scope is the thread's own
+        # "lax" is never tagged.
+        assert not uses_taps(lambda x, k: depthwise_conv2d(x, jnp.moveaxis(k, 2, 3), method="lax"))
+    assert not uses_taps(lambda x, k: plain(x, k))
+    with pytest.raises(KeyError), scope:
+        raise KeyError
+    assert not uses_taps(lambda x, k: plain(x, k))
+
+
+def test_accelerate_decorates():
+    @flax_dwconv.accelerate
+    def f(x, k, again=True):
+        """Doc."""
+        y = plain(x, k)
+        return f(y, k, False) if again else y
+
+    assert f.__name__ == "f" and f.__doc__ == "Doc."
+    assert uses_taps(f)
+    assert not uses_taps(lambda x, k: plain(x, k))
+    with pytest.raises(TypeError, match="`f` must be a function or None, got int"):
+        flax_dwconv.accelerate(3)
+
+
+def test_calling_again_traces_once():
+    traces = []
+
+    @jax.jit
+    def f(x, k):
+        traces.append(None)
+        return plain(x, k)
+
+    x, kernel = jnp.ones((1, 6, 6, 2)), jnp.ones((3, 3, 1, 2))
+    fast = flax_dwconv.accelerate(f)
+    for _ in range(3):
+        fast(x, kernel)
+    assert len(traces) == 1
+    for _ in range(3):
+        f(x, kernel)
+    fast(x, kernel)
+    assert len(traces) == 2
+
+
+def test_shard_map_with_checks():
+    from jax.sharding import Mesh, PartitionSpec
+
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+    x, kernel = operands("3x3")
+    f = convolution("3x3", "auto")
+    spec = (PartitionSpec("data"), PartitionSpec())
+    sharded = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=PartitionSpec("data")))
+    assert " convolution(" not in sharded.lower(x, kernel).compile().as_text()
+    np.testing.assert_array_equal(sharded(x, kernel), convolution("3x3", "lax")(x, kernel))
+
+
+def test_large_kernels_compile_a_loop():
+    """A 31x31 kernel compiles as fast as a smaller one, and gives the same numbers."""
+    rng = np.random.default_rng(0)
+    x, kernel = integers(rng, (1, 34, 33, 2)), integers(rng, (31, 31, 2, 1))
+    f = jax.jit(functools.partial(depthwise_conv2d, padding="same"))
+    slow = functools.partial(depthwise_conv2d, padding="same", method="lax")
+    lowered = f.lower(x, kernel).as_text()
+    assert lowered.count("stablehlo.multiply") < 2 * _taps._BODY_TAPS
+    np.testing.assert_array_equal(f(x, kernel), slow(x, kernel))
+    g = slow(x, kernel) % 5
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        jax.jit(vjp(f))(x, kernel, g),
+        jax.jit(vjp(slow))(x, kernel, g),
+    )
+
+
+def test_a_jax_without_our_hooks_is_reported_once(monkeypatch):
+    from flax_dwconv import _cpu
+
+    monkeypatch.setattr(_cpu, "set_xla_metadata", None)
+    with pytest.warns(RuntimeWarning, match="cannot hook into this JAX") as caught:
+        _cpu._register()
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        y = depthwise_conv2d(jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 1)))
+    np.testing.assert_array_equal(y, np.full((1, 2, 2, 2), 9))
