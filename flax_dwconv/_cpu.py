@@ -30,11 +30,11 @@ from jax import lax
 
 from flax_dwconv import _taps
 
-set_xla_metadata: Any
-try:
-    from jax.experimental.xla_metadata import set_xla_metadata
-except ImportError:  # `_register` says so
-    set_xla_metadata = None
+set_xla_metadata: Any = None
+with contextlib.suppress(ImportError, AttributeError):  # `_register` says so
+    from jax.experimental import xla_metadata
+
+    set_xla_metadata = xla_metadata.set_xla_metadata
 
 _KEY = "flax_dwconv"
 

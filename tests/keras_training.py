@@ -53,7 +53,8 @@ def train(pair):
     layers = [keras.layers.DepthwiseConv2D(**arguments) for arguments in settings(*pair)]
     model = keras.Sequential([keras.Input(X.shape[1:]), *layers])
     model.set_weights(weights(7))
-    model.compile(keras.optimizers.SGD(LEARNING_RATE), loss="mse", jit_compile=False)
+    jit = keras.backend.backend() == "jax"  # TensorFlow's graph is faster to make than XLA's
+    model.compile(keras.optimizers.SGD(LEARNING_RATE), loss="mse", jit_compile=jit)
 
     def values():
         return [np.array(keras.ops.convert_to_numpy(weight.value)) for weight in model.weights]

@@ -246,7 +246,7 @@ def test_dtype_policies(policy):
     assert {str(leaf.dtype) for leaf in params.values()} == {ours.param_dtype.name}
     y = ours.apply({"params": params}, x)
     assert str(y.dtype) == theirs.compute_dtype
-    # Ours is rounded once. Keras's, on older JAX, is rounded to float16 after each of the nine terms.
+    # Ours is rounded once; Keras's, on older JAX, after each of the nine terms.
     ulp = {"float32": 1e-6, "float16": 2**-10, "bfloat16": 2**-7}[theirs.compute_dtype]
     kernel, rounded_x = (
         np.asarray(jnp.asarray(a, y.dtype), "f8") for a in (theirs.kernel.value, x)

@@ -62,7 +62,7 @@ ALL = [
 ]
 
 
-@pytest.mark.parametrize("projection", ALL, ids=str)
+@pytest.mark.parametrize("projection", ALL, ids=lambda c: getattr(c, "__name__", str(c)))
 def test_updates_land_on_the_constraint(projection):
     params, updates = tree(0, (3, 3, 4, 2), (8,)), tree(2, (3, 3, 4, 2), (8,))
     new, steps = updated(constrain({"a": projection}), params, updates)

@@ -1102,3 +1102,9 @@ def test_radial_constraint(n):
             np.testing.assert_array_equal(projected[i, j], w[d, d])
     np.testing.assert_array_equal(constraints.RadialConstraint()(projected), projected)
     assert constraints.RadialConstraint()(jnp.asarray(w, jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+def test_the_derivative_of_an_l1_penalty_at_zero_is_zero():
+    x = jnp.array([-2.0, 0.0, 3.0])
+    for penalty in (regularizers.L1(0.5), regularizers.L1L2(l1=0.5)):
+        np.testing.assert_array_equal(jax.grad(penalty)(x), [-0.5, 0.0, 0.5])
