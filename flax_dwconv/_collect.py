@@ -121,7 +121,7 @@ def _of_nnx(model):
     asked = {}
     for _, layer in nnx.iter_modules(model):
         if isinstance(layer, _layer.Settings):
-            for name, parameter in layer._parameters(layer.in_features).items():
+            for name, parameter in layer._parameters(layer.in_features).items():  # pyrefly: ignore
                 if parameter.constraint is not None:
                     variable = getattr(layer, name)
                     axes = _added_axes(variable.shape, parameter.shape)

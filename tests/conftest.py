@@ -1,14 +1,17 @@
 """What the whole suite runs under: the CPU, Keras on JAX, no files of the user, strict JAX."""
 
+import atexit
 import os
+import shutil
 import tempfile
 
 # Keras reads these when it is imported, JAX when it first runs: before any test module. A folder of
 # our own keeps the user's keras.json, which sets the default of `data_format`, out of the tests.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["KERAS_BACKEND"] = "jax"
-_keras_home = tempfile.TemporaryDirectory(prefix="flax_dwconv_keras_")
-os.environ["KERAS_HOME"] = _keras_home.name
+_keras_home = tempfile.mkdtemp(prefix="flax_dwconv_keras_")
+atexit.register(shutil.rmtree, _keras_home, ignore_errors=True)
+os.environ["KERAS_HOME"] = _keras_home
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

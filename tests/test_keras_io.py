@@ -175,7 +175,7 @@ def test_to_keras_of_the_nnx_twin(keras):
         (dict(dtype="float64"), "`dtype` and `param_dtype` must be"),
         (dict(activation=lambda x: x), "must have a Keras name"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 def test_what_keras_has_no_word_for(settings, message):
     with pytest.raises(ValueError, match=message):
