@@ -8,6 +8,9 @@ import tempfile
 # Keras reads these when it is imported, JAX when it first runs: before any test module. A folder of
 # our own keeps the user's keras.json, which sets the default of `data_format`, out of the tests.
 os.environ["JAX_PLATFORMS"] = "cpu"
+# The suite compiles thousands of small functions and runs each once: LLVM need not optimize them.
+# What XLA makes of the graph, fusion included, stays the same.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 os.environ["KERAS_BACKEND"] = "jax"
 _keras_home = tempfile.mkdtemp(prefix="flax_dwconv_keras_")
 atexit.register(shutil.rmtree, _keras_home, ignore_errors=True)
