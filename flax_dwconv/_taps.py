@@ -387,10 +387,10 @@ def kernel_gradient(x: jax.Array, g: jax.Array, axes: Sequence[Axis]) -> jax.Arr
 
 
 def _partial(count: int) -> int:
-    """How many neighbours to sum: near `_PARTIAL`, and a divisor of `count` if there is one."""
+    """How many neighbours to sum: near `_PARTIAL`, so that few zeros fill up the last sum."""
     if count <= _PARTIAL + 2:
         return count
-    return next((u for u in (14, 16, 15, 13, 12, 11, 10, 9, 8, 7) if count % u == 0), _PARTIAL)
+    return min(range(_PARTIAL - 2, _PARTIAL + 3), key=lambda u: (-count % u, abs(u - _PARTIAL)))
 
 
 def _window(
