@@ -210,8 +210,12 @@ def _groups_last(x: jax.Array, spec: Sequence[int], grouped: int, groups: int) -
 
 
 def _materialize(*arrays: jax.Array) -> Sequence[jax.Array]:
-    """Keeps XLA from computing the arrays anew for every tap that reads them."""
-    return _called(_identity, *arrays)
+    """Keeps XLA from computing the arrays anew for every tap that reads them.
+
+    Without dimensions of size 1: XLA gives those any layout, and then copies the array for the call.
+    """
+    squeezed = _called(_identity, *map(jnp.squeeze, arrays))
+    return [x.reshape(array.shape) for x, array in zip(squeezed, arrays, strict=True)]
 
 
 _identity = jax.jit(lambda *arrays: arrays)
