@@ -212,7 +212,7 @@ def _groups_last(x: jax.Array, spec: Sequence[int], grouped: int, groups: int) -
 def _materialize(*arrays: jax.Array) -> Sequence[jax.Array]:
     """Keeps XLA from computing the arrays anew for every tap that reads them.
 
-    Without dimensions of size 1: XLA gives those any layout, and then copies the array for the call.
+    Without dimensions of size 1: XLA gives them any layout, and then copies the array for the call.
     """
     squeezed = _called(_identity, *map(jnp.squeeze, arrays))
     return [x.reshape(array.shape) for x, array in zip(squeezed, arrays, strict=True)]

@@ -126,14 +126,21 @@ class Run:
 _REGION_TAPS = 150
 # The taps of one compiled loop body; compile time grows with them. More are a loop over bodies.
 _BODY_TAPS = 64
-# Neighbouring outputs that one pass of the inner loop computes together.
-_TILE = 3
+# Neighbouring outputs that one pass of the inner loop computes together; more where a kernel fills
+# the first-level cache. Beyond 5, LLVM does not vectorise.
+_TILE, _WIDE_TILE = 3, 5
+_WIDE_BYTES = 1 << 15
+# Rows of at most as many outputs are computed as a whole, each output by the taps inside the image:
+# padding a row of 7 for a 7x7 kernel doubles it. 7x7 images with 7x7 kernels: twice as fast.
+_ROW = 8
 # The rows of a kernel that are compiled one by one; more are a loop over one compiled row.
 _ROWS = 5
 # Images of at least as many bytes are taken one by one, so that what is read again is in the cache.
 _IMAGE_BYTES = 1 << 18
-# Neighbouring cotangents that one pass of the inner loop of a kernel gradient sums up.
-_PARTIAL = 14
+# Neighbouring cotangents that one pass of the inner loop of a kernel gradient sums up at most.
+_PARTIAL = 28
+_ROW_PRODUCTS = 100
+_ROW_TAPS = 8
 
 
 def convolve(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis]) -> jax.Array:
@@ -237,7 +244,7 @@ def _regions(x: jax.Array, kernel: jax.Array, runs: Sequence[Sequence[Run]]) -> 
 def _tiles(
     x: jax.Array, kernel: jax.Array, axes: Sequence[Axis], phases: Sequence[int]
 ) -> jax.Array:
-    """One phase in tiles of `_TILE` neighbouring outputs, which share what they load.
+    """One phase in tiles of neighbouring outputs, which share what they load.
 
     A tap costs two loads, of the input and of the kernel, and one multiplication, so that loads are
     what a convolution with many taps waits for. Neighbours use the same weights and nearly the same
@@ -246,7 +253,6 @@ def _tiles(
     spatial = len(axes)
     counts = [axis.count(p) for axis, p in zip(axes, phases, strict=True)]
     steps = [axis.step for axis in axes]
-    blocks = [*counts[:-1], -(-counts[-1] // _TILE)]
 
     # The taps of a phase are evenly spaced, in the kernel and in the input.
     taps = [list(axis.taps(p).items()) for axis, p in zip(axes, phases, strict=True)]
@@ -255,39 +261,53 @@ def _tiles(
     first = [t[0][1] for t in taps]
     apart = [t[1][1] - t[0][1] if len(t) > 1 else 1 for t in taps]
     kernel = kernel[tuple(slice(t[0][0], None, t[1][0] - t[0][0] if t[1:] else None) for t in taps)]
-
-    # One body holds all taps, or a piece of a row of the kernel.
     sizes = [len(t) for t in taps]
+
+    looped = math.prod(sizes) > _BODY_TAPS
+    row = counts[-1] <= _ROW and not looped
+    together = _WIDE_TILE if row or kernel.size * kernel.dtype.itemsize >= _WIDE_BYTES else _TILE
+    tile = counts[-1] if row else together
+    blocks = [*counts[:-1], -(-counts[-1] // tile)]
+    # One body holds all taps, or a piece of a row of the kernel.
     body = sizes
-    if math.prod(sizes) > _BODY_TAPS:
-        pieces = -(-sizes[-1] // (_BODY_TAPS // _TILE))
+    if looped:
+        pieces = -(-sizes[-1] // (_BODY_TAPS // tile))
         body = [1] * (spatial - 1) + [-(-sizes[-1] // pieces)]
         kernel = _pad_end(kernel, spatial - 1, body[-1] * pieces - sizes[-1])
         sizes[-1] = body[-1] * pieces
     reach = [
         (size - 1) * gap + (count - 1) * step + 1
         for size, gap, count, step in zip(
-            sizes, apart, [*blocks[:-1], blocks[-1] * _TILE], steps, strict=True
+            sizes, apart, [*blocks[:-1], blocks[-1] * tile], steps, strict=True
         )
     ]
+    left = 0
+    if row:  # no pads: what is outside the image is left out below
+        left, first[-1], reach[-1] = first[-1], 0, x.shape[-2]
     x = _crop(x, first, reach)
 
-    def tile(x: jax.Array, kernel: jax.Array, sums: Sequence[jax.Array]) -> list[jax.Array]:
+    def add(x: jax.Array, kernel: jax.Array, sums: Sequence[jax.Array]) -> list[jax.Array]:
         pairs = []
         for i, before in enumerate(sums):
             terms = {}
             for tap in itertools.product(*map(range, kernel.shape[:-1])):
                 start = [a * gap for a, gap in zip(tap, apart, strict=True)]
-                start[-1] += i * steps[-1]
-                window = _window(x, start, blocks, [*steps[:-1], steps[-1] * _TILE])
-                terms[tap] = _weigh(window, kernel, tap)
-            first, second = _halves(terms)
+                start[-1] += left + i * steps[-1]
+                if not row or 0 <= start[-1] < x.shape[-2]:
+                    window = _window(x, start, blocks, [*steps[:-1], steps[-1] * tile])
+                    terms[tap] = _weigh(window, kernel, tap)
+            first, second = _halves(terms or {(0,): jnp.zeros_like(before)})
             pairs.append((before + first, second))
-        return _together(pairs)
+        parts = -(-tile // together)
+        return [
+            y
+            for i in range(parts)
+            for y in _together(pairs[i * tile // parts : (i + 1) * tile // parts])
+        ]
 
-    sums = [jnp.zeros((x.shape[0], *blocks, x.shape[-1]), x.dtype)] * _TILE
-    if body == sizes:
-        sums = tile(x, kernel, sums)
+    sums = [jnp.zeros((x.shape[0], *blocks, x.shape[-1]), x.dtype)] * tile
+    if not looped:
+        sums = add(x, kernel, sums)
     else:
         grid = [size // piece for size, piece in zip(sizes, body, strict=True)]
         extent = [
@@ -299,7 +319,7 @@ def _tiles(
             at = [j * piece for j, piece in zip(jnp.unravel_index(i, grid), body, strict=True)]
             start = [a * gap for a, gap in zip(at, apart, strict=True)]
             piece = lax.dynamic_slice(x, (0, *start, 0), (x.shape[0], *extent, x.shape[-1]))
-            return tile(piece, lax.dynamic_slice(kernel, (*at, 0), (*body, x.shape[-1])), sums)
+            return add(piece, lax.dynamic_slice(kernel, (*at, 0), (*body, x.shape[-1])), sums)
 
         sums = lax.fori_loop(0, math.prod(grid), step, sums)
     return _alternate(sums, spatial, counts[-1])
@@ -334,71 +354,144 @@ def kernel_gradient(x: jax.Array, g: jax.Array, axes: Sequence[Axis]) -> jax.Arr
     if any(axis.lhs_dilation > 1 for axis in axes):
         y = kernel_gradient(g, x, [axis.swapped() for axis in axes])
         return lax.rev(y, range(y.ndim - 1))
-    if _one_by_one(x):
-        return lax.map(lambda xg: kernel_gradient(xg[0][None], xg[1][None], axes), (x, g)).sum(0)
-    spatial = len(axes)
     *outer, last = axes
-    part = _partial(last.kernel)
-    positions = [axis.kernel for axis in outer] + [-(-last.kernel // part) * part]
-    g = _pad_end(g, spatial, positions[-1] - last.kernel)
+    outside = last.kernel - len(_inside(last))
+    if outside * min(last.out, _ROW_TAPS) > 2 * _ROW_PRODUCTS:
+        # Too many to be left out one by one, as with large dilations: they read zeros.
+        whole = (last.out - 1) * last.stride + (last.kernel - 1) * last.rhs_dilation + 1
+        x = _crop(x, [0] * len(outer) + [-last.low], [*x.shape[1:-2], whole])
+        last = dataclasses.replace(last, size=whole, low=0)
+        axes = [*outer, last]
     # One body has the whole last dimension of the kernel, or a piece of it.
-    pieces = -(-last.out // (_BODY_TAPS // _PARTIAL * 2))
+    pieces = -(-last.out // _ROW_TAPS)
     body = -(-last.out // pieces)
-    outs = [axis.out for axis in outer] + [pieces * body]
-    reach = [
-        (out - 1) * axis.stride + (count - 1) * axis.rhs_dilation + 1
-        for out, axis, count in zip(outs, axes, positions, strict=True)
-    ]
-    x = _crop(x, [-axis.low for axis in axes], reach)
-    blocks = [*positions[:-1], positions[-1] // part]
-    inner = [0] * (spatial - 1)
-    gs = [_window(g, [*inner, i], blocks, [1] * (spatial - 1) + [part]) for i in range(part)]
-    steps = [axis.rhs_dilation for axis in outer] + [last.rhs_dilation * part]
+    grid = [axis.out for axis in outer] + [pieces]
+    apart = [axis.stride for axis in outer] + [body * last.stride]
 
-    def row(x: jax.Array, start: Sequence[int]) -> jax.Array:
-        """The taps of one piece of a row of the kernel, of which the first reads `x` at `start`."""
-        offsets = [
-            [b * last.stride + i * last.rhs_dilation for i in range(part)] for b in range(body)
+    def row(x: jax.Array, first: Sequence[int]) -> jax.Array:
+        """The taps of one piece of a row of the kernel, of which the first reads `x` at `first`."""
+        # What is outside the image is left out: rows here, positions within a row below.
+        rows = [
+            range(-(f // axis.rhs_dilation), (size - 1 - f) // axis.rhs_dilation + 1)
+            for f, axis, size in zip(first, outer, x.shape[1:-2], strict=False)
         ]
-        xs = {
-            offset: _window(x, [*start[:-1], start[-1] + offset], blocks, steps)
-            for offset in sorted(set(itertools.chain(*offsets)))
+        rows = [
+            range(max(r.start, 0), min(r.stop, n)) for r, n in zip(rows, g.shape[1:-2], strict=True)
+        ]
+        counts = list(map(len, rows))
+        if not all(counts):
+            return jnp.zeros((body, x.shape[-1]), x.dtype)
+        reads = {
+            i: {
+                b: t
+                for b in range(body)
+                if 0 <= (t := first[-1] + b * last.stride + i * last.rhs_dilation) < x.shape[-2]
+            }
+            for i in range(last.kernel)
         }
-        partials = _together(
-            [_halves({(i,): xs[offset] * gs[i] for i, offset in enumerate(tap)}) for tap in offsets]
-        )
-        return jnp.stack([p.sum(range(spatial + 1)) for p in partials])
 
-    grid = [*outs[:-1], pieces]
-    apart = [*[axis.stride for axis in outer], body * last.stride]
-    if math.prod(grid) <= _ROWS:
-        starts = [range(0, n * gap, gap) for n, gap in zip(grid, apart, strict=True)]
+        def total(positions: Sequence[int], blocks: int, step: int, parts: int = 1) -> jax.Array:
+            """Sums up the positions, and those `step` further, so many `blocks` times.
+
+            So many `parts` of the batch are added as well, position by position.
+            """
+            ones = [1] * len(outer)
+            start = [r.start for r in rows]
+            at = [
+                f + lo * axis.rhs_dilation for f, lo, axis in zip(first, start, outer, strict=False)
+            ]
+            n = len(x) // parts
+            gs = {
+                (part, i): _window(g, [*start, i], [*counts, blocks], [*ones, step], part * n, n)
+                for part in range(parts)
+                for i in positions
+            }
+            steps = [axis.rhs_dilation for axis in outer] + [last.rhs_dilation * step]
+            xs = {
+                (part, t): _window(x, [*at, t], [*counts, blocks], steps, part * n, n)
+                for part in range(parts)
+                for t in sorted({t for i in positions for t in reads[i].values()})
+            }
+            sums = []
+            for b in range(body):
+                terms = {
+                    (part, i): xs[part, reads[i][b]] * weight
+                    for (part, i), weight in gs.items()
+                    if b in reads[i]
+                }
+                sums.append(_halves(terms or {(0,): jnp.zeros_like(next(iter(gs.values())))}))
+            return jnp.stack([p.sum(range(p.ndim - 1)) for p in _together(sums)])
+
+        inside = [i for i in reads if len(reads[i]) == body]
+        width = _partial(len(inside), body)
+        blocks = len(inside) // width if width else 0
+        if blocks < 2 or last.kernel * body <= _ROW_PRODUCTS:
+            return total(list(reads), 1, 1, _divisor(len(x), _ROW_PRODUCTS // (last.kernel * body)))
+        edges = [i for i in reads if i not in inside[: blocks * width]]
+        y = total(inside[:width], blocks, width)
+        return y + total(edges, 1, 1) if edges else y
+
+    rows = math.prod(grid)
+    if rows <= _ROWS or rows * body * last.kernel <= _ROWS * _ROW_PRODUCTS:
+        starts = [
+            range(-axis.low, n * gap - axis.low, gap)
+            for n, gap, axis in zip(grid, apart, axes, strict=True)
+        ]
         y = jnp.stack([row(x, start) for start in itertools.product(*starts)])
+    elif _one_by_one(x):
+        return lax.map(lambda xg: kernel_gradient(xg[0][None], xg[1][None], axes), (x, g)).sum(0)
     else:
-        extent = [whole - (n - 1) * gap for whole, n, gap in zip(reach, grid, apart, strict=True)]
+        first = [-axis.low for axis in axes]
+        extent = [(axis.kernel - 1) * axis.rhs_dilation + 1 for axis in axes]
+        extent[-1] += (body - 1) * last.stride
+        reach = [(n - 1) * gap + e for n, gap, e in zip(grid, apart, extent, strict=True)]
+        left = 0
+        if pieces == 1:  # every row reads the whole width
+            left, first[-1], extent[-1], reach[-1] = first[-1], 0, last.size, last.size
+        x = _crop(x, first, reach)
 
         def step(i):
             start = [a * gap for a, gap in zip(jnp.unravel_index(i, grid), apart, strict=True)]
             piece = lax.dynamic_slice(x, (0, *start, 0), (x.shape[0], *extent, x.shape[-1]))
-            return row(piece, [0] * spatial)
+            return row(piece, [*[0] * len(outer), left])
 
-        y = lax.map(step, jnp.arange(math.prod(grid)))
-    return lax.slice_in_dim(y.reshape(*outs, -1), 0, last.out, axis=spatial - 1)
+        y = lax.map(step, jnp.arange(rows))
+    return lax.slice_in_dim(y.reshape(*grid[:-1], pieces * body, -1), 0, last.out, axis=len(outer))
 
 
-def _partial(count: int) -> int:
-    """How many neighbours to sum: near `_PARTIAL`, so that few zeros fill up the last sum."""
-    if count <= _PARTIAL + 2:
-        return count
-    return min(range(_PARTIAL - 2, _PARTIAL + 3), key=lambda u: (-count % u, abs(u - _PARTIAL)))
+def _inside(axis: Axis) -> range:
+    """Returns the positions of the cotangent that are inside the image for every tap."""
+    last = axis.size - 1 - (axis.out - 1) * axis.stride + axis.low
+    stop = min(last // axis.rhs_dilation + 1, axis.kernel)
+    return range(max(-(-axis.low // axis.rhs_dilation), 0), stop)
+
+
+def _divisor(n: int, most: int) -> int:
+    """Returns the largest divisor of `n` that is at most `most`, or 1."""
+    return max(d for d in range(1, max(min(n, most), 1) + 1) if n % d == 0)
+
+
+def _partial(count: int, body: int) -> int:
+    """How many of `count` neighbours to sum: such that few are left over."""
+    most = max(min(_PARTIAL, _ROW_PRODUCTS // body), 1)
+    return min(range(-(-most // 2), most + 1), key=lambda u: (count % u, -u))
 
 
 def _window(
-    x: jax.Array, start: Sequence[int], counts: Sequence[int], steps: Sequence[int]
+    x: jax.Array,
+    start: Sequence[int],
+    counts: Sequence[int],
+    steps: Sequence[int],
+    example: int = 0,
+    examples: int | None = None,
 ) -> jax.Array:
-    """Returns `counts` positions of each spatial dimension, from `start`, `steps` apart."""
+    """Returns `counts` positions of each spatial dimension, from `start`, `steps` apart.
+
+    Of all examples, or of so many `examples` from `example` on.
+    """
     stop = [s + (n - 1) * step + 1 for s, n, step in zip(start, counts, steps, strict=True)]
-    return lax.slice(x, (0, *start, 0), (x.shape[0], *stop, x.shape[-1]), (1, *steps, 1))
+    end = x.shape[0] if examples is None else example + examples
+    return lax.slice(x, (example, *start, 0), (end, *stop, x.shape[-1]), (1, *steps, 1))
 
 
 def _crop(x: jax.Array, first: Sequence[int], sizes: Sequence[int]) -> jax.Array:

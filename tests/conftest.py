@@ -18,6 +18,18 @@ os.environ["KERAS_HOME"] = _keras_home
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+# The same random examples in every run. A first call compiles; fixtures set flags, which stay.
+_checks = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+settings.register_profile(
+    "ci", derandomize=True, deadline=None, print_blob=True, suppress_health_check=_checks
+)
+# Others every time, 50 times as many where a test leaves the number to the profile.
+settings.register_profile(
+    "overnight", settings.get_profile("ci"), derandomize=False, max_examples=5000
+)
+settings.load_profile("ci")
 
 
 def _config(**flags):
