@@ -68,10 +68,9 @@ class Axis:
         """Splits a phase into runs of outputs none of whose taps reads outside the input."""
         valid = {}
         for a, first in self.taps(phase).items():
-            start = max(0, -(first // self.step))
-            stop = min(self.count(phase), (self.size - 1 - first) // self.step + 1)
-            if start < stop:
-                valid[a] = (start, stop, first)
+            inside = _inside(first, self.step, self.count(phase), self.size)
+            if inside:
+                valid[a] = (inside.start, inside.stop, first)
         cuts = {0, self.count(phase)} | {
             q for start, stop, _ in valid.values() for q in (start, stop)
         }
@@ -106,6 +105,11 @@ class Axis:
         )
 
 
+def _inside(first: int, step: int, count: int, size: int) -> range:
+    """Returns the positions p < count of which first + p * step is a position of the image."""
+    return range(max(-(first // step), 0), min((size - 1 - first) // step + 1, count))
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """Neighbouring outputs of a phase that read the input by the same taps.
@@ -133,14 +137,13 @@ _WIDE_BYTES = 1 << 15
 # Rows of at most as many outputs are computed as a whole, each output by the taps inside the image:
 # padding a row of 7 for a 7x7 kernel doubles it. 7x7 images with 7x7 kernels: twice as fast.
 _ROW = 8
-# The rows of a kernel that are compiled one by one; more are a loop over one compiled row.
-_ROWS = 5
 # Images of at least as many bytes are taken one by one, so that what is read again is in the cache.
 _IMAGE_BYTES = 1 << 18
-# Neighbouring cotangents that one pass of the inner loop of a kernel gradient sums up at most.
-_PARTIAL = 28
-_ROW_PRODUCTS = 100
-_ROW_TAPS = 8
+# One pass of the inner loop of a kernel gradient: so many taps of a row of the kernel, so many
+# neighbouring cotangents, so many products of both, which is what compile time grows with.
+_ROW_TAPS, _ROW_POSITIONS, _ROW_PRODUCTS = 8, 28, 100
+# The rows of a kernel whose gradients are compiled one by one; more are a loop, unless short.
+_ROWS = 5
 
 
 def convolve(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis]) -> jax.Array:
@@ -355,126 +358,124 @@ def kernel_gradient(x: jax.Array, g: jax.Array, axes: Sequence[Axis]) -> jax.Arr
         y = kernel_gradient(g, x, [axis.swapped() for axis in axes])
         return lax.rev(y, range(y.ndim - 1))
     *outer, last = axes
-    outside = last.kernel - len(_inside(last))
+    whole = (last.out - 1) * last.stride + (last.kernel - 1) * last.rhs_dilation + 1
+    outside = last.kernel - len(_inside_for_all(-last.low, last, last.out, last.size))
     if outside * min(last.out, _ROW_TAPS) > 2 * _ROW_PRODUCTS:
-        # Too many to be left out one by one, as with large dilations: they read zeros.
-        whole = (last.out - 1) * last.stride + (last.kernel - 1) * last.rhs_dilation + 1
+        # Too many to be left out one by one, as with a large dilation: they read zeros.
         x = _crop(x, [0] * len(outer) + [-last.low], [*x.shape[1:-2], whole])
         last = dataclasses.replace(last, size=whole, low=0)
         axes = [*outer, last]
+
     # One body has the whole last dimension of the kernel, or a piece of it.
     pieces = -(-last.out // _ROW_TAPS)
-    body = -(-last.out // pieces)
+    taps = -(-last.out // pieces)
     grid = [axis.out for axis in outer] + [pieces]
-    apart = [axis.stride for axis in outer] + [body * last.stride]
-
-    def row(x: jax.Array, first: Sequence[int]) -> jax.Array:
-        """The taps of one piece of a row of the kernel, of which the first reads `x` at `first`."""
-        # What is outside the image is left out: rows here, positions within a row below.
-        rows = [
-            range(-(f // axis.rhs_dilation), (size - 1 - f) // axis.rhs_dilation + 1)
-            for f, axis, size in zip(first, outer, x.shape[1:-2], strict=False)
-        ]
-        rows = [
-            range(max(r.start, 0), min(r.stop, n)) for r, n in zip(rows, g.shape[1:-2], strict=True)
-        ]
-        counts = list(map(len, rows))
-        if not all(counts):
-            return jnp.zeros((body, x.shape[-1]), x.dtype)
-        reads = {
-            i: {
-                b: t
-                for b in range(body)
-                if 0 <= (t := first[-1] + b * last.stride + i * last.rhs_dilation) < x.shape[-2]
-            }
-            for i in range(last.kernel)
-        }
-
-        def total(positions: Sequence[int], blocks: int, step: int, parts: int = 1) -> jax.Array:
-            """Sums up the positions, and those `step` further, so many `blocks` times.
-
-            So many `parts` of the batch are added as well, position by position.
-            """
-            ones = [1] * len(outer)
-            start = [r.start for r in rows]
-            at = [
-                f + lo * axis.rhs_dilation for f, lo, axis in zip(first, start, outer, strict=False)
-            ]
-            n = len(x) // parts
-            gs = {
-                (part, i): _window(g, [*start, i], [*counts, blocks], [*ones, step], part * n, n)
-                for part in range(parts)
-                for i in positions
-            }
-            steps = [axis.rhs_dilation for axis in outer] + [last.rhs_dilation * step]
-            xs = {
-                (part, t): _window(x, [*at, t], [*counts, blocks], steps, part * n, n)
-                for part in range(parts)
-                for t in sorted({t for i in positions for t in reads[i].values()})
-            }
-            sums = []
-            for b in range(body):
-                terms = {
-                    (part, i): xs[part, reads[i][b]] * weight
-                    for (part, i), weight in gs.items()
-                    if b in reads[i]
-                }
-                sums.append(_halves(terms or {(0,): jnp.zeros_like(next(iter(gs.values())))}))
-            return jnp.stack([p.sum(range(p.ndim - 1)) for p in _together(sums)])
-
-        inside = [i for i in reads if len(reads[i]) == body]
-        width = _partial(len(inside), body)
-        blocks = len(inside) // width if width else 0
-        if blocks < 2 or last.kernel * body <= _ROW_PRODUCTS:
-            return total(list(reads), 1, 1, _divisor(len(x), _ROW_PRODUCTS // (last.kernel * body)))
-        edges = [i for i in reads if i not in inside[: blocks * width]]
-        y = total(inside[:width], blocks, width)
-        return y + total(edges, 1, 1) if edges else y
-
+    apart = [axis.stride for axis in outer] + [taps * last.stride]
     rows = math.prod(grid)
-    if rows <= _ROWS or rows * body * last.kernel <= _ROWS * _ROW_PRODUCTS:
+    if rows <= _ROWS or rows * taps * last.kernel <= _ROWS * _ROW_PRODUCTS:
         starts = [
             range(-axis.low, n * gap - axis.low, gap)
             for n, gap, axis in zip(grid, apart, axes, strict=True)
         ]
-        y = jnp.stack([row(x, start) for start in itertools.product(*starts)])
+        y = jnp.stack([_row_gradient(x, g, axes, at, taps) for at in itertools.product(*starts)])
     elif _one_by_one(x):
         return lax.map(lambda xg: kernel_gradient(xg[0][None], xg[1][None], axes), (x, g)).sum(0)
     else:
         first = [-axis.low for axis in axes]
         extent = [(axis.kernel - 1) * axis.rhs_dilation + 1 for axis in axes]
-        extent[-1] += (body - 1) * last.stride
+        extent[-1] += (taps - 1) * last.stride
         reach = [(n - 1) * gap + e for n, gap, e in zip(grid, apart, extent, strict=True)]
         left = 0
-        if pieces == 1:  # every row reads the whole width
+        if pieces == 1:  # every row reads the whole width of the image, which needs no pads
             left, first[-1], extent[-1], reach[-1] = first[-1], 0, last.size, last.size
         x = _crop(x, first, reach)
 
         def step(i):
             start = [a * gap for a, gap in zip(jnp.unravel_index(i, grid), apart, strict=True)]
             piece = lax.dynamic_slice(x, (0, *start, 0), (x.shape[0], *extent, x.shape[-1]))
-            return row(piece, [*[0] * len(outer), left])
+            return _row_gradient(piece, g, axes, [*[0] * len(outer), left], taps)
 
         y = lax.map(step, jnp.arange(rows))
-    return lax.slice_in_dim(y.reshape(*grid[:-1], pieces * body, -1), 0, last.out, axis=len(outer))
+    return lax.slice_in_dim(y.reshape(*grid[:-1], pieces * taps, -1), 0, last.out, axis=len(outer))
 
 
-def _inside(axis: Axis) -> range:
-    """Returns the positions of the cotangent that are inside the image for every tap."""
-    last = axis.size - 1 - (axis.out - 1) * axis.stride + axis.low
-    stop = min(last // axis.rhs_dilation + 1, axis.kernel)
-    return range(max(-(-axis.low // axis.rhs_dilation), 0), stop)
+def _row_gradient(
+    x: jax.Array, g: jax.Array, axes: Sequence[Axis], first: Sequence[int], taps: int
+) -> jax.Array:
+    """Returns `(taps, c)`: the gradients of neighbouring taps of one row of the kernel.
+
+    The first of them reads `x` at `first` for the first position of `g`. Positions that read
+    outside `x` are left out. The positions of a row of `g` that are inside for all taps are blocks
+    of neighbours; a loop over the blocks sums up each. The few others are a block of their own.
+    """
+    *outer, last = axes
+    rows = [
+        _inside(f, axis.rhs_dilation, *sizes)
+        for f, axis, *sizes in zip(first, outer, g.shape[1:-2], x.shape[1:-2], strict=False)
+    ]
+    if not all(rows):
+        return jnp.zeros((taps, x.shape[-1]), x.dtype)
+    reads = {
+        p: {
+            b: t
+            for b in range(taps)
+            if 0 <= (t := first[-1] + b * last.stride + p * last.rhs_dilation) < x.shape[-2]
+        }
+        for p in range(last.kernel)
+    }
+
+    def total(positions: Sequence[int], blocks: int, step: int, parts: int = 1) -> jax.Array:
+        """Sums `positions`, and those `step` further, so many `blocks`, of all rows and examples.
+
+        The batch is cut into `parts`, which are added in one pass too.
+        """
+        counts = [*map(len, rows), blocks]
+        in_g = [row.start for row in rows]
+        in_x = [
+            f + row.start * axis.rhs_dilation
+            for f, row, axis in zip(first, rows, outer, strict=False)
+        ]
+        steps = [axis.rhs_dilation for axis in outer] + [last.rhs_dilation * step]
+        n = len(x) // parts
+        gs = {
+            (part, p): _window(g, [*in_g, p], counts, [1] * len(outer) + [step], part * n, n)
+            for part in range(parts)
+            for p in positions
+        }
+        xs = {
+            (part, t): _window(x, [*in_x, t], counts, steps, part * n, n)
+            for part in range(parts)
+            for t in sorted({t for p in positions for t in reads[p].values()})
+        }
+        sums = []
+        for b in range(taps):
+            terms = {
+                (part, p): xs[part, reads[p][b]] * cotangent
+                for (part, p), cotangent in gs.items()
+                if b in reads[p]
+            }
+            sums.append(_halves(terms or {(0,): jnp.zeros((n, *counts, x.shape[-1]), x.dtype)}))
+        return jnp.stack([y.sum(range(y.ndim - 1)) for y in _together(sums)])
+
+    inside = _inside_for_all(first[-1], last, taps, x.shape[-2])
+    most = max(min(_ROW_POSITIONS, _ROW_PRODUCTS // taps), 1)
+    width = min(range(-(-most // 2), most + 1), key=lambda width: (len(inside) % width, -width))
+    blocks = len(inside) // width
+    if blocks < 2 or last.kernel * taps <= _ROW_PRODUCTS:
+        most = max(_ROW_PRODUCTS // (last.kernel * taps), 1)
+        parts = max(d for d in range(1, most + 1) if len(x) % d == 0)
+        return total(range(last.kernel), 1, 1, parts)
+    inside = inside[: blocks * width]
+    y = total(inside[:width], blocks, width)
+    others = [p for p in reads if p not in inside]
+    return y + total(others, 1, 1) if others else y
 
 
-def _divisor(n: int, most: int) -> int:
-    """Returns the largest divisor of `n` that is at most `most`, or 1."""
-    return max(d for d in range(1, max(min(n, most), 1) + 1) if n % d == 0)
-
-
-def _partial(count: int, body: int) -> int:
-    """How many of `count` neighbours to sum: such that few are left over."""
-    most = max(min(_PARTIAL, _ROW_PRODUCTS // body), 1)
-    return min(range(-(-most // 2), most + 1), key=lambda u: (count % u, -u))
+def _inside_for_all(first: int, last: Axis, taps: int, size: int) -> range:
+    """Returns the positions of the cotangent for which each of neighbouring taps reads inside."""
+    start = _inside(first, last.rhs_dilation, last.kernel, size).start
+    end = first + (taps - 1) * last.stride
+    return range(start, _inside(end, last.rhs_dilation, last.kernel, size).stop)
 
 
 def _window(
