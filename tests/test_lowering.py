@@ -284,6 +284,37 @@ def test_other_platforms_keep_the_convolution():
         assert "stablehlo.pad" not in lowered
 
 
+def computations(f, *args):
+    """The text of each computation of the executable: what XLA runs as one loop."""
+    return jax.jit(f).lower(*args).compile().as_text().split("\n}\n")
+
+
+def test_operands_are_computed_once():
+    """Not once for every tap that reads them."""
+    x, kernel = operands("3x3")
+    f = convolution("3x3", "auto")
+    for make in (lambda x, k: f(jnp.exp(x), k), jax.grad(lambda x, k: f(jnp.exp(x), k).sum())):
+        loops = [loop for loop in computations(make, x, kernel) if " exponential(" in loop]
+        assert loops and not any(" slice(" in loop for loop in loops)
+
+
+def test_results_that_are_read_again_are_computed_once():
+    """A batch normalization reads them for its mean, its variance, and their gradients."""
+    x, kernel = operands("3x3")
+    f = convolution("3x3", "auto")
+
+    def normalized(x, k):
+        y = f(x, k)
+        y = y - y.mean((0, 1, 2), keepdims=True)
+        return y * lax.rsqrt((y**2).mean((0, 1, 2), keepdims=True) + 1)
+
+    with_it, without = (
+        sum(loop.count(" slice(") for loop in computations(jax.grad(loss, (0, 1)), x, kernel))
+        for loss in (lambda x, k: (normalized(x, k) ** 3).sum(), lambda x, k: (f(x, k) ** 3).sum())
+    )
+    assert with_it == without
+
+
 def uses_taps(f):
     x, kernel = jnp.ones((1, 6, 6, 2)), jnp.ones((3, 3, 1, 2))
     return "stablehlo.convolution" not in jax.jit(f).lower(x, kernel).as_text()
