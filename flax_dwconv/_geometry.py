@@ -23,8 +23,10 @@ DIMENSION_NUMBERS = {
 
 
 def is_int(value: Any) -> bool:
-    """Whether `value` is an integer: Python's or numpy's, not a bool."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    """Whether `value` is an integer that fits 32 bits: Python's or numpy's, not a bool."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        return False
+    return -(2**31) <= value < 2**31
 
 
 def _pair(value: Any, name: str) -> Pair:

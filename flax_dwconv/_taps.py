@@ -263,7 +263,9 @@ def _tiles(
         return jnp.zeros((x.shape[0], *counts, x.shape[-1]), x.dtype)
     first = [t[0][1] for t in taps]
     apart = [t[1][1] - t[0][1] if len(t) > 1 else 1 for t in taps]
-    kernel = kernel[tuple(slice(t[0][0], None, t[1][0] - t[0][0] if t[1:] else None) for t in taps)]
+    kernel = kernel[
+        tuple(slice(t[0][0], t[-1][0] + 1, t[1][0] - t[0][0] if t[1:] else None) for t in taps)
+    ]
     sizes = [len(t) for t in taps]
 
     looped = math.prod(sizes) > _BODY_TAPS

@@ -103,13 +103,21 @@ def depthwise_conv2d(
     window.output_shape(x.shape, c * m)  # raises where the kernel does not fit
 
     batch = x.shape[:-3]
+    x = x.reshape(math.prod(batch), *x.shape[-3:])
+    padding = window.padding.upper() if isinstance(window.padding, str) else window.padding
+    if not isinstance(padding, str) and min(map(min, padding)) < 0:
+        # JAX's kernel gradient is wrong for some: 6 rows, a kernel of 3 and the pads (-2, 1).
+        sizes = [(0, 0, 0)] * 4
+        for axis, pads in zip(window.spatial_axes, padding, strict=True):
+            sizes[axis] = (*pads, 0)
+        x, padding = lax.pad(x, jnp.zeros((), x.dtype), sizes), "VALID"
     tag = _cpu.tagged if method == "auto" else _cpu.untagged
     with tag():
         y = lax.conv_general_dilated(
-            x.reshape(math.prod(batch), *x.shape[-3:]),
+            x,
             kernel.reshape(kh, kw, 1, c * m),
             window_strides=window.strides,
-            padding=window.padding if isinstance(window.padding, tuple) else window.padding.upper(),
+            padding=padding,
             rhs_dilation=window.dilation_rate,
             dimension_numbers=_geometry.DIMENSION_NUMBERS[window.data_format],
             feature_group_count=c,

@@ -224,6 +224,7 @@ _BAD_FILE = (
     LookupError,
     MemoryError,
     OSError,
+    OverflowError,
     RuntimeError,  # a RecursionError too
     TypeError,
     ValueError,

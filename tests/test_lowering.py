@@ -5,7 +5,6 @@ Operands are small integers in floating point, so that every order of summation 
 
 import functools
 import threading
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -274,16 +273,6 @@ def test_what_is_left_to_xla(shape, dtype):
     np.testing.assert_array_equal(y, np.full((shape[0], 4, 4, 3), 9, dtype))
 
 
-def test_other_platforms_keep_the_convolution():
-    x, kernel = operands("3x3")
-    for platform in ("tpu", "cuda"):
-        lowered = jax.jit(vjp(convolution("3x3", "auto"))).trace(
-            x, kernel, cotangent("3x3", x, kernel)
-        ).lower(lowering_platforms=(platform,)).as_text()  # fmt: skip
-        assert lowered.count("stablehlo.convolution") == 2
-        assert "stablehlo.pad" not in lowered
-
-
 def computations(f, *args):
     """The text of each computation of the executable: what XLA runs as one loop."""
     return jax.jit(f).lower(*args).compile().as_text().split("\n}\n")
@@ -372,18 +361,6 @@ def test_calling_again_traces_once():
     assert len(traces) == 2
 
 
-def test_shard_map_with_checks():
-    from jax.sharding import Mesh, PartitionSpec
-
-    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
-    x, kernel = operands("3x3")
-    f = convolution("3x3", "auto")
-    spec = (PartitionSpec("data"), PartitionSpec())
-    sharded = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=PartitionSpec("data")))
-    assert " convolution(" not in sharded.lower(x, kernel).compile().as_text()
-    np.testing.assert_array_equal(sharded(x, kernel), convolution("3x3", "lax")(x, kernel))
-
-
 def test_large_kernels_compile_a_loop():
     """A 31x31 kernel compiles as fast as a smaller one, and gives the same numbers."""
     rng = np.random.default_rng(0)
@@ -399,16 +376,3 @@ def test_large_kernels_compile_a_loop():
         jax.jit(vjp(f))(x, kernel, g),
         jax.jit(vjp(slow))(x, kernel, g),
     )
-
-
-def test_a_jax_without_our_hooks_is_reported_once(monkeypatch):
-    from flax_dwconv import _cpu
-
-    monkeypatch.setattr(_cpu, "set_xla_metadata", None)
-    with pytest.warns(RuntimeWarning, match="cannot hook into this JAX") as caught:
-        _cpu._register()
-    assert len(caught) == 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        y = depthwise_conv2d(jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 1)))
-    np.testing.assert_array_equal(y, np.full((1, 2, 2, 2), 9))
