@@ -10,15 +10,14 @@ This is the only file that touches what JAX does not promise to keep:
 - `jax.experimental.xla_metadata.set_xla_metadata`, which sets the tag;
 - `jax.interpreters.mlir.register_lowering` and `.lower_fun`;
 - `jax.interpreters.mlir._platform_specific_lowerings` and `._lowerings`: the earlier rule;
-- `LoweringRuleContext.jaxpr_eqn_ctx.xla_metadata`, where the rule reads the tag, and `.name_stack`,
-  which tells whether it compiles differentiated code.
+- `LoweringRuleContext.jaxpr_eqn_ctx.xla_metadata`, where the rule reads the tag, `.avals_in` and
+  `.avals_out`.
 
 If one of them goes away, one warning says so and XLA compiles every convolution.
 """
 
 import contextlib
 import functools
-import inspect
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -141,6 +140,9 @@ def _plan(lhs: Any, rhs: Any, out: Any, **params: Any) -> Callable[..., jax.Arra
         return None  # symbolic, empty, or without spatial dimensions
     if groups == 1 or lhs.dtype != rhs.dtype or not {lhs.dtype.name, out.dtype.name} <= _DTYPES:
         return None
+    for aval, spec in zip((lhs, rhs, out), params["dimension_numbers"], strict=True):
+        if any(aval.sharding.spec[d] is not None for d in spec[2:]):
+            return None  # explicitly sharded over space, which JAX does not slice
     n, q = lhs.shape[lhs_spec[0]], lhs.shape[lhs_spec[1]]
     n, q = (n // groups, q) if batch_groups > 1 else (n, q // groups)
     m = rhs.shape[rhs_spec[0]] // groups
@@ -239,33 +241,38 @@ def _register() -> None:
 
         if set_xla_metadata is None:
             raise ImportError("jax.experimental.xla_metadata.set_xla_metadata")
-        primitive = lax.conv_general_dilated_p
+        primitive, lower_fun = lax.conv_general_dilated_p, mlir.lower_fun
         lowerings = mlir._platform_specific_lowerings["cpu"]
         entry: Any = lowerings[primitive] if primitive in lowerings else mlir._lowerings[primitive]
         earlier = getattr(entry, "rule", entry)
 
         def rule(ctx, lhs, rhs, **params):
-            metadata = getattr(ctx.jaxpr_eqn_ctx, "xla_metadata", None) or {}
-            compute = _plan(*ctx.avals_in, *ctx.avals_out, **params) if _KEY in metadata else None
+            compute = None
+            try:
+                if _KEY in (ctx.jaxpr_eqn_ctx.xla_metadata or {}):
+                    compute = _plan(*ctx.avals_in, *ctx.avals_out, **params)
+            except AttributeError as error:
+                _warn(str(error))
             if compute is None:
                 return earlier(ctx, lhs, rhs, **params)
-            # The activation may be fused into an inference. Differentiated code reads every result
-            # more than once: with a batch normalization, XLA put one convolution into 8 fusions.
-            if "jvp(" in str(ctx.name_stack):
-                compute = functools.partial(_called, compute)
-            return mlir.lower_fun(compute, multiple_results=False)(ctx, lhs, rhs)
+            # A result that is read more than once would be computed as often: with a batch
+            # normalization, XLA put one convolution into 8 fusions.
+            called = functools.partial(_called, compute)
+            return lower_fun(called, multiple_results=False)(ctx, lhs, rhs)
 
-        # A cached lowering would not know the name stack.
-        cacheable = "cacheable" in inspect.signature(mlir.register_lowering).parameters
-        options = {"cacheable": False} if cacheable else {}
-        mlir.register_lowering(primitive, rule, platform="cpu", **options)
+        mlir.register_lowering(primitive, rule, platform="cpu")
     except (ImportError, AttributeError, KeyError, TypeError) as error:
-        warnings.warn(
-            f"flax_dwconv cannot hook into this JAX ({jax.__version__}: {error!r}): XLA compiles "
-            "depthwise convolutions, which is right but slow on CPU.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        _warn(repr(error))
+
+
+@functools.cache
+def _warn(reason: str) -> None:
+    warnings.warn(
+        f"flax_dwconv cannot hook into this JAX ({jax.__version__}: {reason}): XLA compiles "
+        "depthwise convolutions, which is right but slow on CPU.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 _register()

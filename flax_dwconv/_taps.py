@@ -137,8 +137,6 @@ _WIDE_BYTES = 1 << 15
 # Rows of at most as many outputs are computed as a whole, each output by the taps inside the image:
 # padding a row of 7 for a 7x7 kernel doubles it. 7x7 images with 7x7 kernels: twice as fast.
 _ROW = 8
-# Images of at least as many bytes are taken one by one, so that what is read again is in the cache.
-_IMAGE_BYTES = 1 << 18
 # One pass of the inner loop of a kernel gradient: so many taps of a row of the kernel, so many
 # neighbouring cotangents, so many products of both, which is what compile time grows with.
 _ROW_TAPS, _ROW_POSITIONS, _ROW_PRODUCTS = 8, 28, 100
@@ -173,18 +171,12 @@ def _convolve(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis]) -> jax.Arra
         def phase(phases):
             return _regions(x, kernel, [axis[p] for axis, p in zip(runs, phases, strict=True)])
 
-    elif _one_by_one(x):
-        return lax.map(lambda image: _convolve(image[None], kernel, axes)[0], x)
     else:
 
         def phase(phases):
             return _tiles(x, kernel, axes, phases)
 
     return _interleave(axes, phase, ())
-
-
-def _one_by_one(x: jax.Array) -> bool:
-    return x.shape[0] > 1 and x.size * x.dtype.itemsize >= _IMAGE_BYTES * x.shape[0]
 
 
 def _interleave(
@@ -380,8 +372,6 @@ def kernel_gradient(x: jax.Array, g: jax.Array, axes: Sequence[Axis]) -> jax.Arr
             for n, gap, axis in zip(grid, apart, axes, strict=True)
         ]
         y = jnp.stack([_row_gradient(x, g, axes, at, taps) for at in itertools.product(*starts)])
-    elif _one_by_one(x):
-        return lax.map(lambda xg: kernel_gradient(xg[0][None], xg[1][None], axes), (x, g)).sum(0)
     else:
         first = [-axis.low for axis in axes]
         extent = [(axis.kernel - 1) * axis.rhs_dilation + 1 for axis in axes]
@@ -426,11 +416,8 @@ def _row_gradient(
         for p in range(last.kernel)
     }
 
-    def total(positions: Sequence[int], blocks: int, step: int, parts: int = 1) -> jax.Array:
-        """Sums `positions`, and those `step` further, so many `blocks`, of all rows and examples.
-
-        The batch is cut into `parts`, which are added in one pass too.
-        """
+    def total(positions: Sequence[int], blocks: int, step: int) -> jax.Array:
+        """Sums `positions`, and those `step` further, so many `blocks`, of rows and examples."""
         counts = [*map(len, rows), blocks]
         in_g = [row.start for row in rows]
         in_x = [
@@ -438,25 +425,16 @@ def _row_gradient(
             for f, row, axis in zip(first, rows, outer, strict=False)
         ]
         steps = [axis.rhs_dilation for axis in outer] + [last.rhs_dilation * step]
-        n = len(x) // parts
-        gs = {
-            (part, p): _window(g, [*in_g, p], counts, [1] * len(outer) + [step], part * n, n)
-            for part in range(parts)
-            for p in positions
-        }
+        gs = {p: _window(g, [*in_g, p], counts, [1] * len(outer) + [step]) for p in positions}
         xs = {
-            (part, t): _window(x, [*in_x, t], counts, steps, part * n, n)
-            for part in range(parts)
+            t: _window(x, [*in_x, t], counts, steps)
             for t in sorted({t for p in positions for t in reads[p].values()})
         }
         sums = []
         for b in range(taps):
-            terms = {
-                (part, p): xs[part, reads[p][b]] * cotangent
-                for (part, p), cotangent in gs.items()
-                if b in reads[p]
-            }
-            sums.append(_halves(terms or {(0,): jnp.zeros((n, *counts, x.shape[-1]), x.dtype)}))
+            terms = {(p,): xs[reads[p][b]] * gs[p] for p in positions if b in reads[p]}
+            zeros = jnp.zeros((x.shape[0], *counts, x.shape[-1]), x.dtype)
+            sums.append(_halves(terms or {(0,): zeros}))
         return jnp.stack([y.sum(range(y.ndim - 1)) for y in _together(sums)])
 
     inside = _inside_for_all(first[-1], last, taps, x.shape[-2])
@@ -464,9 +442,7 @@ def _row_gradient(
     width = min(range(-(-most // 2), most + 1), key=lambda width: (len(inside) % width, -width))
     blocks = len(inside) // width
     if blocks < 2 or last.kernel * taps <= _ROW_PRODUCTS:
-        most = max(_ROW_PRODUCTS // (last.kernel * taps), 1)
-        parts = max(d for d in range(1, most + 1) if len(x) % d == 0)
-        return total(range(last.kernel), 1, 1, parts)
+        return total(range(last.kernel), 1, 1)
     inside = inside[: blocks * width]
     y = total(inside[:width], blocks, width)
     others = [p for p in reads if p not in inside]
@@ -481,20 +457,11 @@ def _inside_for_all(first: int, last: Axis, taps: int, size: int) -> range:
 
 
 def _window(
-    x: jax.Array,
-    start: Sequence[int],
-    counts: Sequence[int],
-    steps: Sequence[int],
-    example: int = 0,
-    examples: int | None = None,
+    x: jax.Array, start: Sequence[int], counts: Sequence[int], steps: Sequence[int]
 ) -> jax.Array:
-    """Returns `counts` positions of each spatial dimension, from `start`, `steps` apart.
-
-    Of all examples, or of so many `examples` from `example` on.
-    """
+    """Returns `counts` positions of each spatial dimension, from `start`, `steps` apart."""
     stop = [s + (n - 1) * step + 1 for s, n, step in zip(start, counts, steps, strict=True)]
-    end = x.shape[0] if examples is None else example + examples
-    return lax.slice(x, (example, *start, 0), (end, *stop, x.shape[-1]), (1, *steps, 1))
+    return lax.slice(x, (0, *start, 0), (x.shape[0], *stop, x.shape[-1]), (1, *steps, 1))
 
 
 def _crop(x: jax.Array, first: Sequence[int], sizes: Sequence[int]) -> jax.Array:

@@ -1,0 +1,134 @@
+"""Every notebook runs from a fresh kernel, and is committed as a reader should find it.
+
+In it: outputs of a run from top to bottom, an `assert` for every piece of prose, no definition that
+a reader has to study, nothing that tells where it was run.
+"""
+
+import ast
+import os
+import pathlib
+import re
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+PATHS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
+LINES = 5  # of a function's body
+KILOBYTES = 400
+ABSOLUTE = re.compile(r"(?<![\w.:/])/\w[\w.-]*/[\w./-]+|\b[A-Z]:\\")  # /tmp/x.py, C:\
+
+notebooks = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+
+
+@pytest.fixture(autouse=True)
+def strict_jax():
+    """Not here: the kernels are processes of their own, with JAX as users have it."""
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+def code(cells):
+    return [cell for cell in cells if cell.cell_type == "code"]
+
+
+def outputs(notebook):
+    return [output for cell in code(notebook.cells) for output in cell.outputs]
+
+
+def kinds(notebook):
+    """What each cell leaves behind: text, pictures, values."""
+    return [
+        {
+            (o.output_type, *sorted(o.get("data", ())))
+            for o in cell.outputs
+            if o.get("name") != "stderr"
+        }
+        for cell in code(notebook.cells)
+    ]
+
+
+def passages(notebook):
+    """The prose below the introduction, each with the code that follows it."""
+    result = []
+    for cell in notebook.cells[1:]:
+        if cell.cell_type == "markdown":
+            result.append((cell.source, []))
+        elif result:
+            result[-1][1].append(cell.source)
+    return result
+
+
+def test_there_are_notebooks():
+    assert {"01_tour", "02_jit_and_vmap", "03_train", "04_bring_your_model"} <= {
+        path.stem for path in PATHS
+    }
+
+
+@notebooks
+def test_runs(path, tmp_path, monkeypatch):
+    flags = os.environ.get("XLA_FLAGS", "").replace("--xla_backend_optimization_level=0", "")
+    monkeypatch.setenv("XLA_FLAGS", flags.strip())  # as users have it, and timed in it
+    search = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, search)))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))  # no history in the user's
+    committed, notebook = read(path), read(path)
+    resources = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(notebook, timeout=180, kernel_name="python3", resources=resources).execute()
+    assert kinds(notebook) == kinds(committed), "run it again, and commit what it shows"
+
+
+@notebooks
+def test_committed_outputs(path):
+    notebook = read(path)
+    nbformat.validate(notebook)
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+    assert notebook.metadata.kernelspec.name == "python3"
+    cells = code(notebook.cells)
+    assert [c.execution_count for c in cells] == list(range(1, len(cells) + 1))
+    for output in outputs(notebook):
+        assert output.output_type != "error"
+        assert output.get("name") != "stderr"
+        text = output.get("text", "") + "".join(
+            value for kind, value in output.get("data", {}).items() if kind.startswith("text/")
+        )
+        assert not ABSOLUTE.search(text), text
+        assert "\x1b" not in text, "colours of a terminal"
+    assert any(kind.startswith("image/") for o in outputs(notebook) for kind in o.get("data", {}))
+    assert path.stat().st_size < KILOBYTES * 1024
+
+
+@notebooks
+def test_every_claim_ends_in_an_assert(path):
+    notebook = read(path)
+    assert notebook.cells[0].source.startswith("# ")
+    assert len(passages(notebook)) >= 4
+    for prose, sources in passages(notebook):
+        statements = ast.walk(ast.parse("\n".join(sources)))
+        assert any(isinstance(node, ast.Assert) for node in statements), prose
+
+
+@notebooks
+def test_definitions_are_short(path):
+    for cell in code(read(path).cells):
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                lines = node.body[-1].end_lineno - node.body[0].lineno + 1
+                assert lines <= LINES, node.name
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("File /tmp/ipykernel_1/2.py", True),
+        ("'/home/someone/.venv/bin/python'", True),
+        (r"C:\Users", True),
+        ("12 ms/step, a / b, application/json", False),
+        ("https://example.org/a/b", False),
+    ],
+)
+def test_absolute_paths_are_found(text, found):
+    assert bool(ABSOLUTE.search(text)) == found

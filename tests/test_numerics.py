@@ -1,0 +1,245 @@
+"""How accurate results and derivatives are, what becomes of numbers that are not, and that results
+are the same in every run.
+
+With u = eps / 2 of a dtype, half a unit in the last place of 1: float16 and bfloat16 are summed up
+in float32 and rounded once, so that
+
+    |y - exact| <= u |exact| + T u32 sum|terms|
+
+for a sum of T terms, however it is ordered; the second part is small beside the first.
+"""
+
+import functools
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from jax.test_util import check_grads
+from test_functional import Case
+
+import flax_dwconv
+from flax_dwconv import DepthwiseConv2D, depthwise_conv2d
+
+CASES = {
+    "stride": Case((2, 7, 6, 2), (3, 3, 2, 1), (2, 1), "same"),
+    "both": Case((1, 9, 8, 2), (3, 2, 2, 2), 2, ((1, 0), (-1, 2)), 2),
+    "first": Case((1, 2, 5, 4), (2, 3, 2, 2), 2, 1, 1, "channels_first"),
+    "tiles": Case((1, 9, 10, 2), (7, 7, 2, 1), 1, "same"),
+    "loop": Case((1, 10, 11, 2), (9, 10, 2, 1), 1, "same"),
+}
+cases = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+few = pytest.mark.parametrize("case", [CASES[n] for n in ("both", "first")], ids=str)
+
+
+def operands(case, dtype=np.float64):
+    """Normal numbers: input, kernel and cotangent."""
+    x, kernel = (oracle.normals(i, *s, dtype=dtype) for i, s in enumerate(case[:2]))
+    shape = oracle.forward(x, kernel, **case.options).shape
+    return x, kernel, oracle.normals(2, *shape, dtype=dtype)
+
+
+def all_three(case, x, kernel, g, method="auto"):
+    """The result and both gradients."""
+    return compiled(case, method)(x, kernel, g)
+
+
+@functools.cache
+def compiled(case, method):
+    def run(x, kernel, g):
+        f = functools.partial(depthwise_conv2d, **case.options, method=method)
+        y, vjp = jax.vjp(f, x, kernel)
+        return y, *vjp(g)
+
+    return jax.jit(run)
+
+
+def exact(case, x, kernel, g):
+    return oracle.forward(x, kernel, **case.options), *oracle.vjp(x, kernel, g, **case.options)
+
+
+# Derivatives, against finite differences in float64
+
+
+@few
+@pytest.mark.parametrize("mode", ["fwd", "rev"])
+def test_derivatives_of_the_function(case, mode, x64):
+    """Of a function that is not linear in either operand."""
+    x, kernel, _ = operands(case)
+
+    def f(x, kernel):
+        return jnp.sin(depthwise_conv2d(x, kernel, **case.options)).sum()
+
+    check_grads(jax.jit(f), (x, kernel), order=2, modes=[mode], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["fwd", "rev"])
+def test_derivatives_of_a_layer_with_penalties(mode, x64):
+    layer = DepthwiseConv2D(
+        3,
+        strides=2,
+        padding="same",
+        depth_multiplier=2,
+        activation="silu",
+        bias_initializer="random_normal",
+        depthwise_regularizer="l2",
+        bias_regularizer="l2",
+        activity_regularizer="l2",
+        param_dtype="float64",
+    )
+    x = oracle.normals(0, 2, 6, 5, 2, dtype=np.float64)
+    params = layer.init(jax.random.key(0), x)["params"]
+
+    def loss(params, x):
+        y, state = layer.apply({"params": params}, x, mutable=["losses"])
+        return jnp.sum(y**2) + sum(state["losses"].values()).astype(y.dtype)
+
+    # A penalty is a float32 number: a step of 1e-2 is well above its unit in the last place.
+    check_grads(jax.jit(loss), (params, x), 2, [mode], atol=1e-2, rtol=1e-2, eps=1e-2)
+
+
+# Rounding
+
+
+@cases
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_rounds_once(case, dtype):
+    rounded = x, kernel, g = [jnp.asarray(a, dtype) for a in operands(case)]
+    wide = [np.asarray(a, np.float64) for a in rounded]
+    terms = exact(case, *map(np.abs, wide))
+    u, u32 = (float(jnp.finfo(d).eps) / 2 for d in (dtype, "float32"))
+    tiny = float(jnp.finfo(dtype).smallest_subnormal) / 2
+    for ours, true, total in zip(all_three(case, *rounded), exact(case, *wide), terms, strict=True):
+        assert ours.dtype == dtype
+        error = np.abs(np.asarray(ours, np.float64) - true)
+        assert np.all(error <= u * np.abs(true) + tiny + (g.size + kernel.size) * u32 * total)
+        # Rounded once: nearly everywhere it is what the true sum itself would be rounded to.
+        same = np.asarray(ours) == np.asarray(jnp.asarray(true, dtype))
+        assert same.mean() > 0.95, same.mean()
+
+
+@cases
+def test_single_precision(case):
+    """Far better than T u: the sums are trees, or run for each pixel on its own."""
+    arrays = [a.astype(np.float32) for a in operands(case)]
+    terms = exact(case, *map(np.abs, arrays))
+    for ours, true, total in zip(
+        all_three(case, *arrays), exact(case, *arrays), terms, strict=True
+    ):
+        assert np.all(np.abs(ours - true) <= 8 * 2.0**-24 * total)
+
+
+# Infinite, not a number, minus zero
+
+
+def kind(array):
+    """Finite, an infinity of either sign, or not a number."""
+    array = np.asarray(array)
+    return np.where(np.isnan(array), 2, np.where(np.isinf(array), np.sign(array), 0))
+
+
+@cases
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+@pytest.mark.parametrize("where", [0, 1, 2], ids=["image", "kernel", "cotangent"])
+def test_what_is_not_finite_propagates_as_in_lax(case, value, where):
+    """To the same elements, with one exception.
+
+    A pad is no element of a sum in the definition. It is a 0 in XLA's convolution, and so it is for
+    our kernels of many taps, while those of few taps leave it out: where an infinite or NaN weight
+    (or cotangent) meets a pad, XLA's result is NaN, and ours is that or what the definition says.
+    """
+    arrays = [a.astype(np.float32) for a in operands(case)]
+    arrays[where][(..., *(0 for _ in range(3)))] = value
+    ours = all_three(case, *arrays)
+    lax = all_three(case, *arrays, method="lax")
+    with np.errstate(invalid="ignore"):
+        defined = exact(case, *arrays)
+    for y, theirs, wanted in zip(ours, lax, defined, strict=True):
+        differs = kind(y) != kind(theirs)
+        np.testing.assert_array_equal(kind(y)[differs], kind(wanted)[differs])
+        assert np.isnan(np.asarray(theirs)[differs]).all()
+        if where == 0:  # what it meets at the pads is nothing
+            assert not differs.any()
+
+
+def test_an_infinite_weight_and_a_pad():
+    """The exception, in one case: 0 * inf at the first row and column, which read pads."""
+    x, kernel = np.ones((1, 4, 4, 2), np.float32), np.ones((3, 3, 2, 1), np.float32)
+    kernel[0, 0] = np.inf
+    ours, theirs = (
+        np.asarray(depthwise_conv2d(x, kernel, padding="same", method=method))
+        for method in ("auto", "lax")
+    )
+    assert np.isinf(ours[:, 1:, 1:]).all() and np.isinf(theirs[:, 1:, 1:]).all()
+    for edge in (np.s_[:, 0], np.s_[:, :, 0]):
+        assert np.isfinite(ours[edge]).all() and np.isnan(theirs[edge]).all()
+
+
+@cases
+def test_zeros_of_either_sign_are_zeros(case):
+    """A sum of minus zeros is 0; whether -0.0 or 0.0 depends on how many zeros it starts with."""
+    x, kernel, g = (np.abs(a).astype(np.float32) for a in operands(case))
+    for method in ("auto", "lax"):
+        y, dx, dk = all_three(case, -0.0 * x, kernel, -0.0 * g, method)
+        for array in (y, dx, dk):
+            np.testing.assert_array_equal(array, np.zeros_like(array))
+
+
+# Large sums
+
+
+LARGE = {
+    "one image": (1, 3163, 3163, 2),
+    "large images": (10, 1000, 1000, 2),
+    "small images": (51_300, 14, 14, 2),
+}
+
+
+@pytest.mark.parametrize("shape", LARGE.values(), ids=list(LARGE))
+def test_ten_million_terms_in_single_precision(shape):
+    """Within 2**-20 of the sum, where plain lax is off by 2**-10 for some of these shapes.
+
+    1 / 16 of a term is lost for each step of a float32 sum of 1e7 terms that goes one by one.
+    """
+    g = np.random.default_rng(0).random(shape, np.float32)
+    true = np.einsum("nhwc->c", g, dtype=np.float64)
+    layer = DepthwiseConv2D(1, depthwise_initializer="ones")
+    x = np.ones(shape, np.float32)
+    params = layer.init(jax.random.key(0), x[:1])["params"]
+
+    @jax.jit
+    def gradients(params, x, g):
+        return jax.grad(lambda params: jnp.vdot(layer.apply({"params": params}, x), g))(params)
+
+    found = gradients(params, x, g)
+    for name in ("kernel", "bias"):
+        np.testing.assert_allclose(found[name].ravel(), true, rtol=2.0**-20, err_msg=name)
+
+
+# From run to run
+
+RUN = """
+import hashlib
+import numpy as np
+import test_numerics as t
+case = t.Case((8, 40, 40, 16), (3, 3, 16, 1), 1, "same")
+arrays = [t.oracle.normals(i, *shape) for i, shape in enumerate([case.x, case.kernel, case.x])]
+for _ in range(3):
+    results = t.all_three(case, *arrays)
+    print(*(hashlib.sha256(np.asarray(a).tobytes()).hexdigest() for a in results))
+"""
+
+
+def test_results_are_the_same_in_every_call_and_process():
+    folder = pathlib.Path(__file__).parent
+    package = pathlib.Path(flax_dwconv.__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (folder, package)))}
+    command = [sys.executable, "-c", RUN]
+    two = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) for _ in range(2)]
+    lines = [line for process in two for line in process.communicate()[0].splitlines()]
+    assert len(lines) == 6 and len(set(lines)) == 1, lines
