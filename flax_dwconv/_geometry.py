@@ -26,7 +26,7 @@ def is_int(value: Any) -> bool:
     """Whether `value` is an integer that fits 32 bits: Python's or numpy's, not a bool."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         return False
-    return -(2**31) <= value < 2**31
+    return -(2**31) <= int(value) < 2**31
 
 
 def _pair(value: Any, name: str) -> Pair:

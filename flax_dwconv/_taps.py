@@ -286,7 +286,7 @@ def _tiles(
     def add(x: jax.Array, kernel: jax.Array, sums: Sequence[jax.Array]) -> list[jax.Array]:
         pairs = []
         for i, before in enumerate(sums):
-            terms = {}
+            terms: dict[tuple[int, ...], jax.Array] = {}
             for tap in itertools.product(*map(range, kernel.shape[:-1])):
                 start = [a * gap for a, gap in zip(tap, apart, strict=True)]
                 start[-1] += left + i * steps[-1]
@@ -432,7 +432,9 @@ def _row_gradient(
         }
         sums = []
         for b in range(taps):
-            terms = {(p,): xs[reads[p][b]] * gs[p] for p in positions if b in reads[p]}
+            terms: dict[tuple[int, ...], jax.Array] = {
+                (p,): xs[reads[p][b]] * gs[p] for p in positions if b in reads[p]
+            }
             zeros = jnp.zeros((x.shape[0], *counts, x.shape[-1]), x.dtype)
             sums.append(_halves(terms or {(0,): zeros}))
         return jnp.stack([y.sum(range(y.ndim - 1)) for y in _together(sums)])
