@@ -11,6 +11,7 @@ position of `x`, else 0; `Axis` derives what it means for one spatial dimension.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -125,9 +126,11 @@ class Run:
     taps: dict[int, int]
 
 
-# The taps that the regions of an image may have in all: 49 for a 3x3 kernel with pads. Beyond it,
-# an image is padded and its outputs are computed in tiles.
-_REGION_TAPS = 150
+# The taps that the regions of an image may have in all: 49 for a 3x3 kernel with pads, 361 for 5x5.
+# Beyond it, an image is padded and its outputs are computed in tiles. 5x5 in regions takes a second
+# more to compile, and two thirds of the time to run; where there is little to run, it is not done.
+_REGION_TAPS, _MANY_REGION_TAPS = 150, 400
+_MANY_RESULTS = 1 << 19
 # The taps of one compiled loop body; compile time grows with them. More are a loop over bodies.
 _BODY_TAPS = 64
 # Neighbouring outputs that one pass of the inner loop computes together; more where a kernel fills
@@ -166,7 +169,9 @@ def convolve(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis]) -> jax.Array
 
 def _convolve(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis]) -> jax.Array:
     runs = [[axis.runs(phase) for phase in range(axis.phases)] for axis in axes]
-    if math.prod(sum(len(run.taps) for p in axis for run in p) for axis in runs) <= _REGION_TAPS:
+    results = x.shape[0] * math.prod(axis.out for axis in axes) * x.shape[-1]
+    most = _REGION_TAPS if results < _MANY_RESULTS else _MANY_REGION_TAPS
+    if math.prod(sum(len(run.taps) for p in axis for run in p) for axis in runs) <= most:
 
         def phase(phases):
             return _regions(x, kernel, [axis[p] for axis, p in zip(runs, phases, strict=True)])
@@ -213,6 +218,7 @@ def _regions(x: jax.Array, kernel: jax.Array, runs: Sequence[Sequence[Run]]) -> 
 
     No padded copy of the image is made: with 3x3 kernels 1.4 to 2.5 times faster than with one.
     """
+    weights = _weights(kernel)
 
     def build(chosen: tuple[Run, ...]) -> jax.Array:
         d = len(chosen)
@@ -221,7 +227,7 @@ def _regions(x: jax.Array, kernel: jax.Array, runs: Sequence[Sequence[Run]]) -> 
             return lax.concatenate(parts, d + 1) if len(parts) > 1 else parts[0]
         counts = [run.count for run in chosen]
         terms = {
-            tap: _weigh(_window(x, start, counts, steps), kernel, tap)
+            tap: _weigh(_window(x, start, counts, steps), weights(tap))
             for tap, start in zip(
                 itertools.product(*[run.taps for run in chosen]),
                 itertools.product(*[run.taps.values() for run in chosen]),
@@ -285,6 +291,7 @@ def _tiles(
 
     def add(x: jax.Array, kernel: jax.Array, sums: Sequence[jax.Array]) -> list[jax.Array]:
         pairs = []
+        weights = _weights(kernel)
         for i, before in enumerate(sums):
             terms: dict[tuple[int, ...], jax.Array] = {}
             for tap in itertools.product(*map(range, kernel.shape[:-1])):
@@ -292,7 +299,7 @@ def _tiles(
                 start[-1] += left + i * steps[-1]
                 if not row or 0 <= start[-1] < x.shape[-2]:
                     window = _window(x, start, blocks, [*steps[:-1], steps[-1] * tile])
-                    terms[tap] = _weigh(window, kernel, tap)
+                    terms[tap] = _weigh(window, weights(tap))
             first, second = _halves(terms or {(0,): jnp.zeros_like(before)})
             pairs.append((before + first, second))
         parts = -(-tile // together)
@@ -433,7 +440,7 @@ def _row_gradient(
         sums = []
         for b in range(taps):
             terms: dict[tuple[int, ...], jax.Array] = {
-                (p,): xs[reads[p][b]] * gs[p] for p in positions if b in reads[p]
+                (p,): lax.mul(xs[reads[p][b]], gs[p]) for p in positions if b in reads[p]
             }
             zeros = jnp.zeros((x.shape[0], *counts, x.shape[-1]), x.dtype)
             sums.append(_halves(terms or {(0,): zeros}))
@@ -482,23 +489,34 @@ def _crop(x: jax.Array, first: Sequence[int], sizes: Sequence[int]) -> jax.Array
     return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
 
 
-def _weigh(window: jax.Array, kernel: jax.Array, tap: Sequence[int]) -> jax.Array:
+def _weights(kernel: jax.Array) -> Callable[[tuple[int, ...]], jax.Array]:
+    """Returns a function of a tap, which slices its weights once for all who read them."""
+
+    @functools.cache
+    def weights(tap: tuple[int, ...]) -> jax.Array:
+        return lax.slice(kernel, (*tap, 0), (*[a + 1 for a in tap], kernel.shape[-1]))
+
+    return weights
+
+
+def _weigh(window: jax.Array, weights: jax.Array) -> jax.Array:
     """Returns the window times the weights of a tap."""
-    weights = lax.slice(kernel, (*tap, 0), (*[a + 1 for a in tap], kernel.shape[-1]))
-    return window * lax.broadcast_in_dim(weights.reshape(-1), window.shape, (window.ndim - 1,))
+    return lax.mul(window, lax.broadcast_in_dim(weights, window.shape, range(1, window.ndim)))
 
 
 def _sum_taps(terms: Mapping[tuple[int, ...], jax.Array]) -> jax.Array:
     """Sums {tap: product}: each row of the kernel in order, the rows as a tree.
 
-    In one chain of 49 additions each waits for the one before.
+    In one chain of 49 additions each waits for the one before. (`lax.add` traces in a third of the
+    time that `+` takes, which counts here.)
     """
     rows: dict[tuple[int, ...], jax.Array] = {}
     for tap, term in terms.items():
-        rows[tap[:-1]] = rows[tap[:-1]] + term if tap[:-1] in rows else term
+        row = tap[:-1]
+        rows[row] = lax.add(rows[row], term) if row in rows else term
     sums = list(rows.values())
     while len(sums) > 1:
-        pairs = [a + b for a, b in zip(sums[::2], sums[1::2], strict=False)]
+        pairs = [lax.add(a, b) for a, b in zip(sums[::2], sums[1::2], strict=False)]
         sums = pairs + sums[2 * len(pairs) :]
     return sums[0]
 
@@ -518,8 +536,4 @@ def _together(pairs: Sequence[tuple[jax.Array, jax.Array]]) -> list[jax.Array]:
     """
     operands = tuple(jnp.stack(pair) for pair in pairs)
     zeros = tuple(jnp.zeros((), x.dtype) for x in operands)
-    return list(
-        lax.reduce(
-            operands, zeros, lambda a, b: tuple(p + q for p, q in zip(a, b, strict=True)), (0,)
-        )
-    )
+    return list(lax.reduce(operands, zeros, lambda a, b: tuple(map(lax.add, a, b)), (0,)))

@@ -224,7 +224,8 @@ def test_repr_and_display():
 def test_tabulate():
     table = nnx.tabulate(build(), np.ones((1, 5, 5, 3), "f4"), compute_flops=True)
     (row,) = [line for line in table.splitlines() if "float32" in line and "Depth" in line]
-    assert "DepthwiseC" in row and "486" in table and "30" in table  # 2*9*27 flops, 27 + 3 weights
+    assert "DepthwiseC" in row and "30" in table  # 27 + 3 weights
+    assert str((2 * 9 + 6) * 27) in table  # flops: LLVM removes the 6 of `_computed_once`
 
 
 # Penalties

@@ -427,7 +427,8 @@ def test_tabulate_shows_shapes_and_flops():
     )(np.ones((1, 5, 5, 3), "f4"))
     (row,) = [line for line in table.splitlines() if "DepthwiseConv2D" in line]
     assert "float32[1,5,5,3]" in row and "float32[1,3,3,6]" in row
-    assert "float32[3,3,3,2]" in table and f" {2 * 9 * 54} " in row
+    assert "float32[3,3,3,2]" in table
+    assert f" {(2 * 9 + 6) * 54} " in row  # LLVM removes the 6 of `_computed_once`
 
 
 SHARDED = """
