@@ -12,12 +12,12 @@ the median over the rounds divided by that minimum; how noisy a summary is shows
 it takes when it is computed from each round alone.
 
 What is measured. Layers are convolution + bias + relu6; "forward" is the result, "train" the result
-and the gradients to input, kernel and bias for a given cotangent. Networks are those of
-`keras.applications` with random weights; "infer" is the compiled model, "train" the loss, its
-gradients and a step of SGD.
+and its gradients to input, kernel and bias. Networks are those of `keras.applications` with random
+weights; "infer" is the compiled model, "train" the loss, its gradients and a step of SGD.
 """
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import fnmatch
@@ -26,41 +26,43 @@ import gc
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
 import pathlib
 import platform
+import re
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NoReturn
+from statistics import geometric_mean, median
+from subprocess import PIPE
+from typing import Any
 
 import numpy as np
 
 OURS = "flax_dwconv"
-PEERS = {  # name -> the module that it needs, and the packages that may have brought it
-    "torch": ("torch", ["torch"]),
-    "tensorflow": ("tensorflow", ["tensorflow", "tensorflow-cpu"]),
-    "linen": ("flax", ["flax"]),
-    "haiku": ("haiku", ["dm-haiku"]),
-}
+PEERS = {"torch": "torch", "tensorflow": "tensorflow", "linen": "flax", "haiku": "haiku"}  # modules
 PLAIN, FAST = "keras-jax", "keras-jax-accelerated"
 BACKENDS = {"keras-tensorflow": "tensorflow", "keras-torch": "torch"}
 NETWORKS = ("MobileNetV2", "EfficientNetB0", "ConvNeXtTiny")
 LAYER_MODES, NETWORK_MODES = ("forward", "train"), ("infer", "train")
-MIB = 2**20
+AGAIN = " again"  # follows the name of a network where that is only compiled
 ROUNDS = 5, 3  # in full, quick
 BUDGET = 0.2, 0.05  # seconds of repeating one call in one round, in full and quick
-NETWORK_BUDGET = 1.0
-COMPILATIONS = 2  # fresh processes that compile each network; the minimum counts
-FORMATS = (".png", ".jpg", ".pdf", ".svg")
+NETWORK_BUDGET, COMPILE_BUDGET = 1.0, 0.1
+TIMEOUT = 600  # seconds for one answer: far more than any case takes, compiled or not
+HOW = "minimum over rounds of each round's lower quartile; spread = median over rounds / minimum"
+RATE = 1e-4  # of SGD: too low to lead anywhere
+MIB = 2**20
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # What is timed
@@ -85,9 +87,9 @@ class Case:
         return f"{self.name}/{self.n}"
 
     @property
-    def in_shape(self) -> tuple[int, ...]:
-        """The shape of the input, `(n, h, w, c)`."""
-        return self.n, self.h, self.w, self.c
+    def doubled(self) -> "Case":
+        """The case with twice its batch."""
+        return dataclasses.replace(self, name=f"{self.name} doubled", n=2 * self.n)
 
     @property
     def out_shape(self) -> tuple[int, ...]:
@@ -97,273 +99,173 @@ class Case:
         return self.n, ho, wo, self.c
 
     def moved(self, mode: str) -> int:
-        """Returns the bytes that any implementation must move: each operand and result, once.
-
-        Forward: x, kernel and bias in, y out. A train step: the cotangent in and three gradients
-        out besides, which doubles all of them.
-        """
-        weights = (self.k**2 + 1) * self.c
-        elements = math.prod(self.in_shape) + math.prod(self.out_shape) + weights
-        return 4 * elements * (1 if mode == "forward" else 2)
+        """Returns the bytes to move: x, kernel, bias, y; again for cotangent and gradients."""
+        x, y = self.n * self.h * self.w * self.c, math.prod(self.out_shape)
+        return 4 * (x + (self.k**2 + 1) * self.c + y) * (1 if mode == "forward" else 2)
 
     def operations(self, mode: str) -> int:
         """Returns additions and multiplications; each gradient costs as much as the forward."""
         return 2 * self.k**2 * math.prod(self.out_shape) * (1 if mode == "forward" else 3)
 
     def arrays(self, flip: bool = False) -> list[np.ndarray]:
-        """Returns x, kernel `(k, k, c, 1)`, bias and cotangent: the same in every worker.
-
-        Args:
-          flip: turns rows and columns around, which turns "same" padding around, too.
-        """
+        """Returns x, kernel `(k, k, c, 1)`, bias, cotangent; flipped, "same" pads the other end."""
         block = np.random.default_rng(0).standard_normal(65521, np.float32)  # prime: no stripes
-        x, kernel, bias, g = (
-            np.resize(block, shape)
-            for shape in (self.in_shape, (self.k, self.k, self.c, 1), self.c, self.out_shape)
-        )
+        x, kernel = (self.n, self.h, self.w, self.c), (self.k, self.k, self.c, 1)
+        shapes = x, kernel, self.c, self.out_shape
+        x, kernel, bias, g = (np.resize(block, shape) for shape in shapes)
         if flip:
             x, kernel, g = x[:, ::-1, ::-1], kernel[::-1, ::-1], g[:, ::-1, ::-1]
         return [np.ascontiguousarray(array) for array in (x, kernel, bias, g)]
 
 
-# The depthwise layers of keras.applications, each where it appears first. The strided ones of the
-# MobileNets and EfficientNet are a ZeroPadding2D and "valid" there: "same" pads alike. `n` lists
-# the batch sizes. A star marks those of `--quick`, and the batch size that is taken there.
-_TABLE = """
-name            n      h   w    c  k stride padding
-MobileNetV1-1   1*,8  112 112   32  3  1  same
-MobileNetV1-2   1,8   112 112   64  3  2  same
-MobileNetV1-3   1,8    56  56  128  3  1  same
-MobileNetV1-4   1,8    56  56  128  3  2  same
-MobileNetV1-5   1,8    28  28  256  3  1  same
-MobileNetV1-6   1,8    28  28  256  3  2  same
-MobileNetV1-7   1*,32  14  14  512  3  1  same
-MobileNetV1-8   1,32   14  14  512  3  2  same
-MobileNetV1-9   1,32*   7   7 1024  3  1  same
-MobileNetV2-1   1*,8  112 112   96  3  2  same
-MobileNetV2-2   1,8*   56  56  144  3  1  same
-MobileNetV2-3   1,8    56  56  144  3  2  same
-MobileNetV2-4   1,8    28  28  192  3  1  same
-MobileNetV2-5   1,8    28  28  192  3  2  same
-MobileNetV2-6   1,32   14  14  384  3  1  same
-MobileNetV2-7   1,32   14  14  576  3  1  same
-MobileNetV2-8   1,32*  14  14  576  3  2  same
-MobileNetV2-9   1,32    7   7  960  3  1  same
-MobileNetV3-1   1,8   112 112   16  3  1  same
-MobileNetV3-2   1,8   112 112   16  3  2  same
-MobileNetV3-3   1,8    56  56   72  3  1  same
-MobileNetV3-4   1,8    56  56   72  3  2  same
-MobileNetV3-5   1,8    56  56   72  5  2  same
-MobileNetV3-6   1,8    28  28   88  3  1  same
-MobileNetV3-7   1,8    28  28   96  5  2  same
-MobileNetV3-8   1*,8   28  28  120  5  1  same
-MobileNetV3-9   1,32   14  14  120  5  1  same
-MobileNetV3-10  1,32   14  14  144  5  1  same
-MobileNetV3-11  1,32   14  14  184  3  1  same
-MobileNetV3-12  1,32   14  14  200  3  1  same
-MobileNetV3-13  1,32   14  14  240  5  1  same
-MobileNetV3-14  1,32   14  14  288  5  2  same
-MobileNetV3-15  1,32   14  14  672  3  1  same
-MobileNetV3-16  1,32    7   7  576  5  1  same
-MobileNetV3-17  1,32    7   7  960  5  1  same
-EfficientNet-1  1,8*   56  56  144  5  2  same
-EfficientNet-2  1,8    28  28  240  3  2  same
-EfficientNet-3  1,8    28  28  240  5  1  same
-EfficientNet-4  1,32   14  14  480  3  1  same
-EfficientNet-5  1,32   14  14  480  5  1  same
-EfficientNet-6  1*,32  14  14  672  5  1  same
-EfficientNet-7  1,32   14  14  672  5  2  same
-EfficientNet-8  1,32    7   7 1152  3  1  same
-EfficientNet-9  1,32    7   7 1152  5  1  same
-Xception-1      1,8   147 147   64  3  1  same
-Xception-2      1*,8  147 147  128  3  1  same
-Xception-3      1,8    74  74  128  3  1  same
-Xception-4      1,8    74  74  256  3  1  same
-Xception-5      1,8    37  37  256  3  1  same
-Xception-6      1,8    37  37  728  3  1  same
-Xception-7      1,8    19  19  728  3  1  same
-Xception-8      1,32   10  10 1024  3  1  same
-Xception-9      1,32   10  10 1536  3  1  same
-ConvNeXtTiny-1  1*,8   56  56   96  7  1  same
-ConvNeXtTiny-2  1,8    28  28  192  7  1  same
-ConvNeXtTiny-3  1,32   14  14  384  7  1  same
-ConvNeXtTiny-4  1,32*   7   7  768  7  1  same
+# The depthwise layers of keras.applications, each where it appears first: height and width of the
+# images, then channels, kernel size and stride of every layer on them. The strided ones of the
+# MobileNets and EfficientNet are a ZeroPadding2D and "valid" there: "same" pads alike.
+_LAYERS = """
+MobileNetV1 112: 32k3s1 64k3s2, 56: 128k3s1 128k3s2, 28: 256k3s1 256k3s2, 14: 512k3s1 512k3s2
+MobileNetV1 7: 1024k3s1
+MobileNetV2 112: 96k3s2, 56: 144k3s1 144k3s2, 28: 192k3s1 192k3s2, 14: 384k3s1 576k3s1 576k3s2
+MobileNetV2 7: 960k3s1
+MobileNetV3 112: 16k3s1 16k3s2, 56: 72k3s1 72k3s2 72k5s2, 28: 88k3s1 96k5s2 120k5s1
+MobileNetV3 14: 120k5s1 144k5s1 184k3s1 200k3s1 240k5s1 288k5s2 672k3s1, 7: 576k5s1 960k5s1
+EfficientNet 56: 144k5s2, 28: 240k3s2 240k5s1, 14: 480k3s1 480k5s1 672k5s1 672k5s2
+EfficientNet 7: 1152k3s1 1152k5s1
+Xception 147: 64k3s1 128k3s1, 74: 128k3s1 256k3s1, 37: 256k3s1 728k3s1, 19: 728k3s1
+Xception 10: 1024k3s1 1536k3s1
+ConvNeXtTiny 56: 96k7s1, 28: 192k7s1, 14: 384k7s1, 7: 768k7s1
+"""
+_QUICK = """
+MobileNetV1-1/1 MobileNetV1-7/1 MobileNetV1-9/32 MobileNetV2-1/1 MobileNetV2-2/8 MobileNetV2-8/32
+MobileNetV3-8/1 EfficientNet-1/8 EfficientNet-6/1 Xception-2/1 ConvNeXtTiny-1/1 ConvNeXtTiny-4/32
 """
 
 
 def cases(quick: bool = False) -> list[Case]:
-    """Returns the cases of the table, all of them or a dozen that represent them."""
-    found = []
-    for row in _TABLE.split("\n")[2:-1]:
-        name, batches, *sizes, padding = row.split()
-        for n in batches.split(","):
-            if not quick or n.endswith("*"):
-                h, w, c, k, stride = map(int, sizes)
-                found.append(Case(name, int(n.rstrip("*")), h, w, c, k, stride, padding))
-    return found
+    """Returns the layers, each with a batch of one and a larger one, or a dozen of these."""
+    found, number = [], collections.Counter()
+    for row in _LAYERS.strip().split("\n"):
+        network, _, images = row.partition(" ")
+        for size, layers in re.findall(r"(\d+): ([^,]+)", images):
+            for layer in layers.split():
+                number[network] += 1
+                name, size = f"{network}-{number[network]}", int(size)
+                c, k, stride = map(int, re.split("[ks]", layer))
+                for n in (1, 8 if size > 14 else 32):
+                    found.append(Case(name, n, size, size, c, k, stride, "same"))
+    return [case for case in found if not quick or case.label in _QUICK.split()]
 
 
 # Workers: the peers, each in a function that imports it. A worker function returns
 # `build(subject, mode)`, which returns a function without arguments for each way to do the work;
 # such a function returns when its results are there, and returns them.
 
-Variants = dict[str, Callable[[], Sequence[Any]]]
+Variants = Mapping[str, Callable[[], Sequence[Any]]]
 Build = Callable[[Any, str], Variants]
 
 
-def _cores() -> int:
-    """Returns the number of cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
-def _jax_worker(layer: Callable[[Case], tuple[Callable, Callable]]) -> Build:
-    """Makes a worker of `layer(case) -> (apply(params, x), params(kernel, bias))`."""
+def _jax_worker(layer: Callable[[Case], Callable], swapped: bool = True) -> Build:
+    """`layer(case) -> apply(x, kernel, bias)`, with a kernel `(k, k, 1, c)` if it is swapped."""
     import jax
 
     jax.block_until_ready(jax.jit(lambda x: x + 1)(np.ones(8)))  # start XLA before compile times
 
     @functools.cache  # jax.jit keeps what it compiled with the function
     def compiled(case, mode):
-        apply, params = layer(case)
-        if mode == "forward":
-            return jax.jit(lambda params, x, g: [apply(params, x)]), params
+        apply = layer(case)
 
-        def train(params, x, g):
-            y, vjp = jax.vjp(apply, params, x)
-            weights, dx = vjp(g)
-            # In the order of the other workers: JAX sorts the biases before the kernels.
-            return [y, dx, *reversed(jax.tree.leaves(weights))]
+        def run(g, *operands):
+            if mode == "forward":
+                return [apply(*operands)]
+            y, vjp = jax.vjp(apply, *operands)
+            return [y, *vjp(g)]
 
-        return jax.jit(train), params
+        return jax.jit(run)
 
     def build(case, mode):
-        f, params = compiled(case, mode)
         x, kernel, bias, g = map(jax.numpy.asarray, case.arrays())
-        weights = params(kernel, bias)
-        return {"jit": lambda: jax.block_until_ready(f(weights, x, g))}
+        f, kernel = compiled(case, mode), kernel.swapaxes(2, 3) if swapped else kernel
+        return {"jit": lambda: jax.block_until_ready(f(g, x, kernel, bias))}
 
     return build
 
 
-def _our_layer(case: Case, method: Any = "auto") -> tuple[Callable, Callable]:
+def _our_layer(case: Case, method: Any = "auto") -> Callable:
     """This package's layer."""
     import flax_dwconv
 
-    layer = flax_dwconv.DepthwiseConv2D(
-        case.k,
-        case.stride,
-        case.padding,
-        data_format="channels_last",
-        activation="relu6",
-        method=method,
-    )
-
-    def apply(params, x):
-        return layer.apply({"params": params}, x)
-
-    return apply, lambda kernel, bias: {"bias": bias, "kernel": kernel}
+    sizes = case.k, case.stride, case.padding  # channels last: no settings in KERAS_HOME
+    layer = flax_dwconv.DepthwiseConv2D(*sizes, activation="relu6", method=method)
+    return lambda x, kernel, bias: layer.apply({"params": {"bias": bias, "kernel": kernel}}, x)
 
 
-def _linen_layer(case: Case) -> tuple[Callable, Callable]:
+def _linen_layer(case: Case) -> Callable:
     """`flax.linen.Conv`, one group for each channel."""
     import flax.linen as nn
 
-    layer = nn.Conv(
-        case.c,
-        (case.k, case.k),
-        case.stride,
-        case.padding.upper(),
-        feature_group_count=case.c,
+    size, padding = (case.k, case.k), case.padding.upper()
+    conv: Any = nn.Conv(case.c, size, case.stride, padding, feature_group_count=case.c)
+    return lambda x, kernel, bias: nn.relu6(
+        conv.apply({"params": {"bias": bias, "kernel": kernel}}, x)
     )
 
-    def apply(params, x):
-        y: Any = layer.apply({"params": params}, x)
-        return nn.relu6(y)
 
-    return apply, lambda kernel, bias: {"bias": bias, "kernel": kernel.swapaxes(2, 3)}
-
-
-def _haiku_layer(case: Case) -> tuple[Callable, Callable]:
+def _haiku_layer(case: Case) -> Callable:
     """`haiku.DepthwiseConv2D`."""
     import haiku
     import jax
 
-    def forward(x):
+    @haiku.without_apply_rng
+    @haiku.transform
+    def layer(x):
         padding = case.padding.upper()
-        layer = haiku.DepthwiseConv2D(1, case.k, case.stride, padding=padding, name="depthwise")
-        return jax.nn.relu6(layer(x))
+        conv = haiku.DepthwiseConv2D(1, case.k, case.stride, padding=padding, name="depthwise")
+        return jax.nn.relu6(conv(x))
 
-    layer = haiku.without_apply_rng(haiku.transform(forward))
-    return layer.apply, lambda kernel, bias: {"depthwise": {"b": bias, "w": kernel.swapaxes(2, 3)}}
-
-
-def _torch() -> Any:
-    """Imports PyTorch, told to use all cores."""
-    import torch
-
-    torch.set_num_threads(_cores())
-    return torch
-
-
-def _tensorflow() -> Any:
-    """Imports TensorFlow, told to use all cores, which it must be before it does anything."""
-    import tensorflow as tf
-
-    tf.config.threading.set_intra_op_parallelism_threads(_cores())
-    tf.config.threading.set_inter_op_parallelism_threads(_cores())
-    return tf
+    return lambda x, kernel, bias: layer.apply({"depthwise": {"b": bias, "w": kernel}}, x)
 
 
 def _torch_worker() -> Build:
     """PyTorch, in both of its memory formats."""
+    import torch
     from torch.nn import functional
-
-    torch = _torch()
 
     def build(case, mode):
         # PyTorch pads both sides alike. On flipped images that is what "same" does, since the
         # window never reaches the last row: the same work and the same numbers.
         same = case.padding == "same"
+        pad = case.k // 2 if same else 0
         x, kernel, bias, g = map(torch.from_numpy, case.arrays(flip=same))
-        x, kernel, g = x.permute(0, 3, 1, 2), kernel.permute(2, 3, 0, 1), g.permute(0, 3, 1, 2)
+        arrays = x.permute(0, 3, 1, 2), kernel.permute(2, 3, 0, 1), bias, g.permute(0, 3, 1, 2)
 
         def layer(x, kernel, bias):
-            y = functional.conv2d(
-                x, kernel, bias, case.stride, case.k // 2 if same else 0, groups=case.c
-            )
+            y = functional.conv2d(x, kernel, bias, case.stride, pad, groups=case.c)
             return functional.relu6(y, inplace=True)
 
         def variant(memory_format):
             *operands, cotangent = (
-                array.clone(memory_format=memory_format) if array.ndim == 4 else array.clone()
-                for array in (x, kernel, bias, g)
+                a.clone(memory_format=memory_format) if a.ndim == 4 else a.clone() for a in arrays
             )
+            for array in operands:
+                array.requires_grad_(mode == "train")
 
-            @torch.inference_mode()
-            def forward():
-                return [layer(*operands)]
-
-            def train():
+            def run():
+                if mode == "forward":
+                    with torch.inference_mode():
+                        return [layer(*operands)]
                 y = layer(*operands)
                 return [y, *torch.autograd.grad(y, operands, cotangent)]
 
-            if mode == "train":
-                for array in operands:
-                    array.requires_grad_()
-            return train if mode == "train" else forward
+            return run
 
-        return {
-            "channels-last": variant(torch.channels_last),
-            "contiguous": variant(torch.contiguous_format),
-        }
+        formats = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
+        return {name: variant(memory_format) for name, memory_format in formats.items()}
 
     return build
 
 
 def _tensorflow_worker() -> Build:
     """TensorFlow, as a `tf.function`."""
-    tf = _tensorflow()
+    import tensorflow as tf
 
     @functools.cache  # a tf.function keeps its graphs
     def compiled(case, mode):
@@ -372,20 +274,20 @@ def _tensorflow_worker() -> Build:
             y = tf.nn.depthwise_conv2d(x, kernel, strides, case.padding.upper())
             return tf.nn.relu6(tf.nn.bias_add(y, bias))
 
-        def forward(*operands):
-            return [layer(*operands[:3])]
-
-        def train(x, kernel, bias, g):
+        @tf.function
+        def run(g, *operands):
+            if mode == "forward":
+                return [layer(*operands)]
             with tf.GradientTape() as tape:
-                tape.watch([x, kernel, bias])
-                y = layer(x, kernel, bias)
-            return [y, *tape.gradient(y, [x, kernel, bias], g)]
+                tape.watch(operands)
+                y = layer(*operands)
+            return [y, *tape.gradient(y, operands, g)]
 
-        return tf.function(train if mode == "train" else forward)
+        return run
 
     def build(case, mode):
-        f, arrays = compiled(case, mode), [tf.constant(array) for array in case.arrays()]
-        return {"function": lambda: f(*arrays)}
+        f, (*operands, g) = compiled(case, mode), map(tf.constant, case.arrays())
+        return {"function": lambda: f(g, *operands)}
 
     return build
 
@@ -396,80 +298,57 @@ def _device_worker() -> Build:
 
     if jax.default_backend() == "cpu":
         raise RuntimeError(f"JAX {jax.__version__} found no GPU or TPU here, only the CPU")
-    methods = {
-        method: _jax_worker(functools.partial(_our_layer, method=method))
-        for method in ("auto", "lax")
-    }
-
-    def build(case, mode):
-        return {method: build(case, mode)["jit"] for method, build in methods.items()}
-
-    return build
+    layers = {method: functools.partial(_our_layer, method=method) for method in ("auto", "lax")}
+    builds = {method: _jax_worker(layer, swapped=False) for method, layer in layers.items()}
+    return lambda case, mode: {method: f(case, mode)["jit"] for method, f in builds.items()}
 
 
-def _keras_worker(backend: str, accelerated: bool = False) -> Build:
-    """A network of `keras.applications` on a backend; the environment has told Keras which."""
-    frameworks = {"tensorflow": _tensorflow, "torch": _torch}
-    if backend in frameworks:
-        frameworks[backend]()
+def _keras_worker(run: Callable[..., Variants]) -> Build:
+    """Networks of `keras.applications` by `run(model, loss, x, y, mode)`, on Keras's backend."""
     import keras
 
-    functions: dict[str, Callable] = {
-        "jax": functools.partial(_keras_on_jax, accelerated=accelerated),
-        "tensorflow": _keras_on_tensorflow,
-        "torch": _keras_on_torch,
-    }
-
     def loss(y, logits):
-        return keras.ops.mean(
-            keras.losses.sparse_categorical_crossentropy(y, logits, from_logits=True)
-        )
+        entropy = keras.losses.sparse_categorical_crossentropy(y, logits, from_logits=True)
+        return keras.ops.mean(entropy)
 
     def build(network, mode):
         keras.utils.set_random_seed(0)
         model = getattr(keras.applications, network)(weights=None, classifier_activation=None)
         x = np.random.default_rng(0).standard_normal((1, 224, 224, 3), np.float32)
-        return functions[backend](model, loss, x, np.array([1]), mode)
+        return run(model, loss, x, np.array([1]), mode)
 
     return build
 
 
-RATE = 1e-4  # of SGD: too low to lead anywhere
-
-
-def _keras_on_jax(model, loss, x, y, mode, accelerated: bool) -> Variants:
+def _keras_on_jax(model, loss, x, y, mode, accelerated: bool = False) -> Variants:
     """The model as pure functions under `jax.jit`, its state donated as Keras's trainer does."""
     import jax
 
     import flax_dwconv
 
     x, y = jax.numpy.asarray(x), jax.numpy.asarray(y)
-    state = [
-        [v.value for v in variables]
-        for variables in (model.trainable_variables, model.non_trainable_variables)
-    ]
+    variables = model.trainable_variables, model.non_trainable_variables
+    state = [[v.value for v in group] for group in variables]
 
-    def infer(weights, others):
-        return model.stateless_call(weights, others, x, training=False)[0]
+    def step(weights, others):
+        if mode == "infer":
+            return model.stateless_call(weights, others, x, training=False)[0]
 
-    def train(weights, others):
         def objective(weights):
             logits, new = model.stateless_call(weights, others, x, training=True)
             return loss(y, logits), new
 
-        (value, others), gradients = jax.value_and_grad(objective, has_aux=True)(weights)
-        weights = [w - RATE * g for w, g in zip(weights, gradients, strict=True)]
-        return value, [weights, others]
+        (value, new), gradients = jax.value_and_grad(objective, has_aux=True)(weights)
+        return value, [[w - RATE * g for w, g in zip(weights, gradients, strict=True)], new]
 
-    compiled = jax.jit(infer) if mode == "infer" else jax.jit(train, donate_argnums=(0, 1))
+    compiled = jax.jit(step, donate_argnums=(0, 1) if mode == "train" else ())
     if accelerated:
         compiled = flax_dwconv.accelerate(compiled)
 
     def run():
         nonlocal state
-        if mode == "infer":
-            return [jax.block_until_ready(compiled(*state))]
-        value, state = jax.block_until_ready(compiled(*state))
+        result = jax.block_until_ready(compiled(*state))
+        value, state = (result, state) if mode == "infer" else result
         return [value]
 
     return {"jit": run}
@@ -483,19 +362,16 @@ def _keras_on_tensorflow(model, loss, x, y, mode) -> Variants:
     weights = [v.value for v in model.trainable_variables]
 
     @tf.function
-    def infer():
-        return model(x, training=False)
-
-    @tf.function
-    def train():
+    def run():
+        if mode == "infer":
+            return [model(x, training=False)]
         with tf.GradientTape() as tape:
             value = loss(y, model(x, training=True))
         for w, g in zip(weights, tape.gradient(value, weights), strict=True):
             w.assign_sub(RATE * g)
-        return value
+        return [value]
 
-    run = infer if mode == "infer" else train
-    return {"function": lambda: [run()]}
+    return {"function": run}
 
 
 def _keras_on_torch(model, loss, x, y, mode) -> Variants:
@@ -505,11 +381,10 @@ def _keras_on_torch(model, loss, x, y, mode) -> Variants:
     x, y = torch.from_numpy(x), torch.from_numpy(y)
     weights = [v.value for v in model.trainable_variables]
 
-    @torch.inference_mode()
-    def infer():
-        return [model(x, training=False)]
-
-    def train():
+    def run():
+        if mode == "infer":
+            with torch.inference_mode():
+                return [model(x, training=False)]
         value = loss(y, model(x, training=True))
         gradients = torch.autograd.grad(value, weights)
         with torch.no_grad():
@@ -517,7 +392,7 @@ def _keras_on_torch(model, loss, x, y, mode) -> Variants:
                 w.sub_(g, alpha=RATE)
         return [value]
 
-    return {"eager": infer if mode == "infer" else train}
+    return {"eager": run}
 
 
 # The machine itself: copies of `COPIES` bytes moved, half read and half written, from what fits
@@ -531,11 +406,10 @@ def _machine_worker() -> Build:
     """Copies by numpy, matrix products by numpy and JAX, on all cores."""
     import jax
 
-    threads = _cores()
-    pool = ThreadPoolExecutor(threads)
+    pool = ThreadPoolExecutor(CORES)
 
     def copy(moved):
-        parts = [np.ones((2, moved // 8 // threads), np.float32) for _ in range(threads)]
+        parts = [np.ones((2, moved // 8 // CORES), np.float32) for _ in range(CORES)]
 
         def part(array):
             source, target = array
@@ -547,55 +421,46 @@ def _machine_worker() -> Build:
     def build(subject: Any, mode: str) -> Any:
         a = np.random.default_rng(0).standard_normal((MATRIX, MATRIX), np.float32)
         b, product = jax.numpy.asarray(a), jax.jit(jax.numpy.matmul)
-        return {
-            "numpy": lambda: [a @ a],
-            "jax": lambda: [jax.block_until_ready(product(b, b))],
-            **{str(moved): copy(moved) for moved in COPIES},
-        }
+        products = {"numpy": lambda: [a @ a], "jax": lambda: [jax.block_until_ready(product(b, b))]}
+        return products | {str(moved): copy(moved) for moved in COPIES}
 
     return build
 
 
 WORKERS: dict[str, Callable[[], Build]] = {
-    OURS: lambda: _jax_worker(_our_layer),
+    OURS: lambda: _jax_worker(_our_layer, swapped=False),
     "linen": lambda: _jax_worker(_linen_layer),
     "haiku": lambda: _jax_worker(_haiku_layer),
     "torch": _torch_worker,
     "tensorflow": _tensorflow_worker,
-    PLAIN: lambda: _keras_worker("jax"),
-    FAST: lambda: _keras_worker("jax", accelerated=True),
-    **{name: functools.partial(_keras_worker, backend) for name, backend in BACKENDS.items()},
+    PLAIN: lambda: _keras_worker(_keras_on_jax),
+    FAST: lambda: _keras_worker(functools.partial(_keras_on_jax, accelerated=True)),
+    "keras-tensorflow": lambda: _keras_worker(_keras_on_tensorflow),
+    "keras-torch": lambda: _keras_worker(_keras_on_torch),
     "machine": _machine_worker,
     "device": _device_worker,
 }
 
 
-def _clock(f: Callable[[], Any]) -> tuple[float, Any]:
-    """Returns the seconds that a call takes, and its result."""
-    start = time.perf_counter()
-    result = f()
-    return time.perf_counter() - start, result
-
-
 def measure(f: Callable[[], Any], budget: float, fresh: bool) -> tuple[float, float, Any]:
-    """Times a function.
+    """Returns seconds of the first call, the lower quartile of those that count, and a result.
 
-    Args:
-      f: the function, without arguments.
-      budget: seconds to repeat it for, after warming up for a quarter of that.
-      fresh: whether the first call compiles.
-
-    Returns:
-      The seconds of the first call, the lower quartile of those that count, and a result.
+    They are repeated for `budget` seconds after a warm-up; the first one compiles if it is fresh.
     """
-    first, result = _clock(f)
+
+    def clock():
+        start = time.perf_counter()
+        result = f()
+        return time.perf_counter() - start, result
+
+    first, result = clock()
     calls = [] if fresh else [first]
     while sum(calls) < budget / 4:
-        calls.append(_clock(f)[0])
+        calls.append(clock()[0])
     if sum(calls) < budget:  # they were the warm-up; a call slower than all that needs none
         calls = []
         while sum(calls) < budget:
-            calls.append(_clock(f)[0])
+            calls.append(clock()[0])
     return first, sorted(calls)[len(calls) // 4], result
 
 
@@ -605,194 +470,134 @@ def _magnitudes(arrays: Sequence[Any]) -> list[float]:
     return [float(np.abs(np.asarray(a, np.float64)).mean()) for a in arrays if a is not None]
 
 
-class Work:
-    """What a worker remembers between requests."""
-
-    def __init__(self, build: Build):
-        self._build = build
-        self._last: tuple[Any, Variants] = None, {}  # holds arrays: of one request at a time
-        self._ran: set[Any] = set()
-
-    def times(self, subject: Any, mode: str, budget: float) -> dict[str, dict[str, Any]]:
-        """Returns the times of every variant, and at first the magnitudes of its results."""
-        subject = Case(**subject) if isinstance(subject, dict) else subject
-        if self._last[0] != (subject, mode):
-            self._last = None, {}
-            self._last = (subject, mode), self._build(subject, mode)
-        found: dict[str, dict[str, Any]] = {}
-        for variant, f in self._last[1].items():
-            fresh = (subject, mode, variant) not in self._ran
-            first, seconds, result = measure(f, budget, fresh)
-            found[variant] = {"first": first, "seconds": seconds}
-            if fresh and subject != "machine":
-                found[variant]["magnitudes"] = _magnitudes(result)
-            self._ran.add((subject, mode, variant))
-        return found
-
-
 def work(name: str) -> None:
     """Runs a worker: answers JSON lines on stdin with JSON lines on stdout, until stdin ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's, which ends its workers
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints must not look like an answer
+    start = functools.cache(WORKERS[name])
+    last: tuple[Any, Variants] = None, {}  # holds arrays: of one request at a time
+    ran = set()
 
-    def attempt(f: Callable[[], Any]) -> dict[str, Any]:
+    def times(subject: Any, mode: str, budget: float) -> dict[str, dict[str, Any]]:
+        """Returns the times of every variant, and at first the magnitudes of its results."""
+        nonlocal last
+        subject = Case(**subject) if isinstance(subject, dict) else subject
+        if last[0] != (subject, mode):
+            last = None, {}  # frees the arrays before there are new ones
+            last = (subject, mode), start()(subject, mode)
+        found: dict[str, dict[str, Any]] = {}
+        for variant, f in last[1].items():
+            fresh = (subject, mode, variant) not in ran
+            first, seconds, result = measure(f, budget, fresh)
+            found[variant] = {"first": first, "seconds": seconds}
+            if fresh:
+                found[variant]["magnitudes"] = _magnitudes(result)
+            ran.add((subject, mode, variant))
+        return found
+
+    def answer(f: Callable[..., Any], **request: Any) -> None:
         try:
-            return {"answer": f()}
+            said = {"answer": f(**request)}
         except Exception as error:  # of a framework: any of them, and the next case may succeed
-            return {"error": f"{type(error).__name__}: {error}".split("\n")[0]}
+            said = {"error": f"{type(error).__name__}: {error}".split("\n")[0]}
+        print(json.dumps(said), file=answers, flush=True)
 
-    def start() -> str:
-        nonlocal worker
-        worker = Work(WORKERS[name]())
-        return "ready"
-
-    worker: Any = None
-    print(json.dumps(attempt(start)), file=answers, flush=True)
-    for line in sys.stdin if worker else ():
+    answer(lambda: start() and "ready")
+    for line in sys.stdin:
         gc.collect()
         gc.disable()
-        answer = attempt(functools.partial(worker.times, **json.loads(line)))
+        answer(times, **json.loads(line))
         gc.enable()
-        print(json.dumps(answer), file=answers, flush=True)
 
 
 # The driver: starts workers, asks them in turns, keeps what they answer
 
 
-class WorkerError(Exception):
-    """A worker could not do a case, or is gone."""
-
-
 class Worker:
-    """One worker process."""
+    """One process; it gets ready while others do. Keras finds no settings in its folder."""
 
     def __init__(self, name: str, folder: str):
-        """Starts it; it gets ready while others do, and the first `ask` waits for that.
-
-        Args:
-          name: one of `WORKERS`.
-          folder: where Keras finds no settings of the user's.
-        """
-        self.name = name
         package = str(pathlib.Path(__file__).resolve().parent.parent)
-        threads = str(_cores())
-        environment = os.environ | {
-            "CUDA_VISIBLE_DEVICES": "",
-            "JAX_PLATFORMS": "cpu",
+        on_cpu = {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}
+        pools = "OMP_NUM", "OPENBLAS_NUM", "TF_NUM_INTRAOP", "TF_NUM_INTEROP"
+        environment = (os.environ if name == "device" else os.environ | on_cpu) | {
+            **{f"{pool}_THREADS": str(CORES) for pool in pools},
             "KERAS_BACKEND": BACKENDS.get(name, "jax"),
             "KERAS_HOME": folder,
-            "OMP_NUM_THREADS": threads,
-            "OPENBLAS_NUM_THREADS": threads,
             "PYTHONPATH": os.pathsep.join([package, os.environ.get("PYTHONPATH", "")]),
             "PYTHONWARNINGS": "ignore",
             "TF_CPP_MIN_LOG_LEVEL": "3",
             "TF_ENABLE_DEPRECATION_WARNINGS": "0",
         }
-        if name == "device":  # whatever JAX finds
-            for variable in ("CUDA_VISIBLE_DEVICES", "JAX_PLATFORMS"):
-                environment.pop(variable)
-                if variable in os.environ:
-                    environment[variable] = os.environ[variable]
-        self._errors = tempfile.TemporaryFile()
-        self.ready = False
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "flax_dwconv.benchmark", "--worker", name],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            env=environment,
-            encoding="utf-8",
+        command = [
+            sys.executable,
+            "-c",
+            f"from flax_dwconv import benchmark; benchmark.work({name!r})",
+        ]
+        self.ready, self._errors = False, tempfile.TemporaryFile()
+        self.process: Any = subprocess.Popen(
+            command, stdin=PIPE, stdout=PIPE, stderr=self._errors, env=environment, text=True
         )
-        assert self._process.stdin and self._process.stdout  # they are pipes
-        self._requests, self._answers = self._process.stdin, self._process.stdout
 
     def ask(self, subject: Any, mode: str, budget: float) -> dict[str, Any]:
-        """Returns the times of every variant.
-
-        Raises:
-          WorkerError: with the reason, if the worker cannot do it or has crashed.
-        """
+        """Returns the times of every variant; or raises what says why it cannot."""
         if not self.ready:
             self._answer()
             self.ready = True
-        if isinstance(subject, Case):
-            subject = dataclasses.asdict(subject)
-        request = json.dumps({"subject": subject, "mode": mode, "budget": budget})
+        request = {"subject": subject, "mode": mode, "budget": budget}
+        line = json.dumps(request, default=dataclasses.asdict)  # of a case
         with contextlib.suppress(BrokenPipeError):  # it is gone: `_answer` says why
-            print(request, file=self._requests, flush=True)
+            print(line, file=self.process.stdin, flush=True)
         return self._answer()
 
-    @property
-    def alive(self) -> bool:
-        """Whether it can be asked again."""
-        return self._process.poll() is None
-
     def _answer(self) -> Any:
-        line = self._answers.readline()
-        if not line:
-            code = self._process.wait()
+        late = threading.Event()
+        # Not every system can wait for a pipe for some time, but killing its writer ends it.
+        timer = threading.Timer(TIMEOUT, lambda: (late.set(), self.process.kill()))
+        try:
+            timer.start()
+            line = self.process.stdout.readline()
+        finally:
+            timer.cancel()
+        if late.is_set() or not line:
+            code = self.process.wait()
             self._errors.seek(0)
             said = self._errors.read().decode(errors="replace").strip().split("\n")[-1]
-            raise WorkerError(f"the worker ended with code {code}: {said or 'it said nothing'}")
+            ended = f"the worker ended with code {code}: {said or 'it said nothing'}"
+            raise ChildProcessError(f"no answer within {TIMEOUT:g} s" if late.is_set() else ended)
         answer = json.loads(line)
         if "error" in answer:
-            if not self.ready:
-                self._process.wait()
-            raise WorkerError(answer["error"])
+            raise ChildProcessError(answer["error"])
         return answer["answer"]
 
     def close(self) -> None:
         """Ends the process, whatever it is doing."""
-        self._process.kill()
-        self._process.wait()
-        with contextlib.suppress(BrokenPipeError):  # an unread request
-            self._requests.close()
-        self._answers.close()
+        with contextlib.suppress(BrokenPipeError), self.process:  # there may be an unread request
+            self.process.kill()
         self._errors.close()
 
 
-@dataclasses.dataclass
-class Timing:
-    """What one variant of one worker took for one case, in seconds."""
-
-    first: float  # the first call, which compiles
-    rounds: dict[int, float] = dataclasses.field(default_factory=dict)
-
-    @property
-    def best(self) -> float:
-        """The minimum over the rounds."""
-        return min(self.rounds.values())
-
-    @property
-    def spread(self) -> float:
-        """The median over the rounds, divided by the minimum: 1 is a quiet machine."""
-        return statistics.median(self.rounds.values()) / self.best
-
-    @property
-    def compile(self) -> float:
-        """The first call without the time that it takes to run."""
-        return max(0.0, self.first - self.best)
-
-
-Key = tuple[str, str, str]  # label of the case, mode, worker
-Table = dict[Key, float]
+Key = tuple[str, str, str]  # label of a case or name of a network, mode, column of a table
+Table = dict[Key, float]  # seconds; the columns are the workers, and what `Summary` adds
 
 
 class Results:
     """All times of a run, and what went wrong."""
 
     def __init__(self):
-        self.timings: dict[Key, dict[str, Timing]] = {}
+        self.rounds: dict[int, Table] = {}  # with a column for each variant of a worker, too
+        self.first: dict[tuple[str, str, str, str], float] = {}  # calls, by variant: they compile
         self.magnitudes: dict[Key, list[float]] = {}
         self.failures: dict[str, str] = {}
 
     def add(self, key: Key, round_: int, times: Mapping[str, Any]) -> None:
         """Adds a worker's answer."""
-        variants = self.timings.setdefault(key, {})
+        table = self.rounds.setdefault(round_, {})
+        table[key] = min(time_["seconds"] for time_ in times.values())
         for variant, time_ in times.items():
-            timing = variants.setdefault(variant, Timing(time_["first"]))
-            timing.rounds[round_] = time_["seconds"]
+            table[*key[:2], f"{key[2]} {variant}"] = time_["seconds"]
+            self.first.setdefault((*key, variant), time_["first"])
             if "magnitudes" in time_:
                 self.magnitudes.setdefault(key, time_["magnitudes"])
 
@@ -802,391 +607,206 @@ class Results:
             self.failures[what] = reason
             _progress(f"{what}: {reason}\n")
 
-    def timing(self, label: str, mode: str, worker: str) -> Timing | None:
-        """Returns the variant that is the best of a worker, or None."""
-        variants = self.timings.get((label, mode, worker))
-        return min(variants.values(), key=lambda timing: timing.best) if variants else None
-
-    def table(self, round_: int | None = None) -> Table:
-        """Returns the seconds of every worker's better variant, in one round or the best of all."""
-        found = {}
-        for key, variants in self.timings.items():
-            seconds = [
-                timing.best if round_ is None else timing.rounds[round_]
-                for timing in variants.values()
-                if round_ is None or round_ in timing.rounds
-            ]
-            if seconds:
-                found[key] = min(seconds)
-        return found
-
-    def compare(self, label: str, mode: str, worker: str, other: str) -> None:
-        """Reports a worker whose results are not those of another one."""
-        a, b = (self.magnitudes.get((label, mode, name)) for name in (worker, other))
-        if a and b and not (len(a) == len(b) and np.allclose(a, b, rtol=1e-3, atol=1e-6)):
-            self.fail(f"{worker}, {label} {mode}", f"its results are not those of {other}")
+    def compare(self, labels, modes, workers: Iterable[str], other: str) -> None:
+        """Reports the workers whose results are not those of another one."""
+        for label, mode, worker in itertools.product(labels, modes, workers):
+            a, b = (self.magnitudes.get((label, mode, name)) for name in (worker, other))
+            if a and b and not (len(a) == len(b) and np.allclose(a, b, rtol=1e-3, atol=1e-6)):
+                self.fail(f"{worker}, {label} {mode}", f"its results are not those of {other}")
 
 
 def _progress(text: str) -> None:
     """Writes to stderr: over the last line of a terminal, as whole lines into a file."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-    elif text.endswith("\n"):
-        print(text, end="", file=sys.stderr, flush=True)
+    if sys.stderr.isatty() or text.endswith("\n"):
+        start = "\r\033[K" if sys.stderr.isatty() else ""
+        print(f"{start}{text}", end="", file=sys.stderr, flush=True)
 
 
-class Crew(contextlib.AbstractContextManager):
-    """Workers by name, none of which outlives the `with`; one that crashed starts again."""
+def take_turns(turns: list[Any], rounds: int, budget: float, results: Results) -> None:
+    """Starts workers, asks them round after round, and ends them, whatever happens.
 
-    def __init__(self, names: Iterable[str], results: Results):
-        self._results = results
-        self._skip: set[Any] = set()
-        self._folder = tempfile.TemporaryDirectory(prefix="flax_dwconv_")
-        self._workers: dict[str, Worker] = {}
-        try:
-            for name in names:
-                self._workers[name] = Worker(name, self._folder.name)
-        except BaseException:
-            self.close()
-            raise
+    A turn is the label of a subject, such as a case, the subject, modes and names of workers.
+    What a worker could not do it is not asked again. One that crashed or did not answer is started
+    again for what comes next, one that did not even start is not.
+    """
+    workers: dict[str, Worker] = {}
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="flax_dwconv_"))
 
-    def ask(self, name: str, subject: Any, label: str, mode: str, budget: float, round_: int):
-        """Asks one worker and keeps its answer; reports a failure and does not ask that again."""
-        key = (label, mode, name)
-        if name in self._skip or key in self._skip:
-            return
-        worker = self._workers[name]
-        try:
-            if not worker.alive and worker.ready:
-                worker.close()
-                worker = self._workers[name] = Worker(name, self._folder.name)
-            self._results.add(key, round_, worker.ask(subject, mode, budget))
-        except WorkerError as error:
-            usable = worker.ready
-            self._skip.add(key if usable else name)
-            self._results.fail(f"{name}, {label} {mode}" if usable else name, str(error))
+        def start(name):
+            workers[name] = Worker(name, folder)
+            stack.callback(workers[name].close)
 
-    def close(self) -> None:
-        """Ends all workers."""
-        for worker in self._workers.values():
-            worker.close()
-        self._folder.cleanup()
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+        for name in dict.fromkeys(name for turn in turns for name in turn[-1]):
+            start(name)
+        for round_, (i, turn) in itertools.product(range(rounds), enumerate(turns, 1)):
+            label, subject, modes, names = turn
+            shift = round_ % len(names)  # nobody is always first
+            for mode, name in itertools.product(modes, names[shift:] + names[:shift]):
+                what = f"{name}, {label} {mode}"
+                if name in results.failures or what in results.failures:
+                    continue
+                _progress(f"round {round_ + 1}/{rounds}, {i}/{len(turns)}: {what}")
+                if workers[name].ready and workers[name].process.poll() is not None:
+                    start(name)
+                try:
+                    times = workers[name].ask(subject, mode, budget)
+                    results.add((label, mode, name), round_, times)
+                except ChildProcessError as error:
+                    results.fail(what if workers[name].ready else name, str(error))
 
 
-def run_layers(
-    layers: Sequence[Case], peers: Sequence[str], rounds: int, budget: float, results: Results
-) -> None:
-    """Times every case of every worker, in turns; ours with the larger batches doubled, too."""
-    schedule: list[tuple[Case, list[str]]] = []
-    for case in layers:
-        schedule.append((case, [OURS, *peers]))
+def plan(args: argparse.Namespace, peers, networks, backends: list[str]) -> list[tuple[Any, Any]]:
+    """Returns sessions of (turns, rounds, budget), and what describes their results."""
+    rounds, budget = args.rounds, BUDGET[args.quick]
+    device = [(case.label, case, LAYER_MODES, ["device"]) for case in args.cases or cases(True)]
+    layers: list[Any] = [("machine", "machine", ["limit"], ["machine"])]
+    for case in args.cases:
+        layers.append((case.label, case, LAYER_MODES, [OURS, *peers]))
         if case.n > 1:
-            schedule.append((doubled(case), [OURS]))
-    with Crew([OURS, *peers, "machine"], results) as crew:
-        for round_ in range(rounds):
-            crew.ask("machine", "machine", "machine", "limit", budget, round_)
-            for i, (case, names) in enumerate(schedule):
-                _progress(f"round {round_ + 1}/{rounds}, {i + 1}/{len(schedule)}: {case.label}")
-                for mode in LAYER_MODES:
-                    shift = round_ % len(names)  # nobody is always first
-                    for name in names[shift:] + names[:shift]:
-                        crew.ask(name, case, case.label, mode, budget, round_)
-    for case in layers:
-        for mode in LAYER_MODES:
-            for name in peers:
-                results.compare(case.label, mode, name, OURS)
-    _progress("")
+            layers.append((case.doubled.label, case.doubled, LAYER_MODES, [OURS]))
+    alone = []  # each network and mode has workers of its own
+    for network, mode in itertools.product(networks, NETWORK_MODES):
+        for name in (PLAIN, FAST):  # compile in one more process: the less of two times counts
+            alone.append(([(network + AGAIN, network, [mode], [name])], 1, COMPILE_BUDGET))
+        alone.append(([(network, network, [mode], backends)], rounds, NETWORK_BUDGET))
+    parts = [
+        (args.device, [(device, rounds, budget)], describe_device),
+        (args.cases, [(layers, rounds, budget)], describe_layers),
+        (networks, alone, describe_networks),
+    ]
+    return [(sessions, describe) for wanted, sessions, describe in parts if wanted]
 
 
-def doubled(case: Case) -> Case:
-    """Returns the case with twice its batch."""
-    return dataclasses.replace(case, name=f"{case.name} doubled", n=2 * case.n)
+# Arithmetic: what sums up a run is made of quotients of two columns of a table
+
+PEER, BACKEND = "best peer", "best backend"  # columns that are made of others
+DOUBLED, LIMIT, SECOND = "doubled batch", "limit", "1 s"
 
 
-def run_networks(
-    networks: Sequence[str], workers: Sequence[str], rounds: int, results: Results
-) -> dict[Key, float]:
-    """Times networks, in turns, and returns compile times, each in a fresh process.
-
-    Each network and mode has workers of its own, which start, compile and end; those that compile
-    with JAX do so once more, and the less of both times counts.
-    """
-    compile_: dict[Key, list[float]] = {}
-
-    def note_compile(found: Results, network: str, mode: str) -> None:
-        for name in (PLAIN, FAST):
-            if timing := found.timing(network, mode, name):
-                compile_.setdefault((network, mode, name), []).append(timing.compile)
-
-    for network in networks:
-        for mode in NETWORK_MODES:
-            for _ in range(COMPILATIONS - 1):
-                extra = Results()
-                for name in (PLAIN, FAST):
-                    _progress(f"{network} {mode}: {name} compiles")
-                    with Crew([name], extra) as crew:
-                        crew.ask(name, network, network, mode, 0.1, 0)
-                note_compile(extra, network, mode)
-            with Crew(workers, results) as crew:
-                for round_ in range(rounds):
-                    shift = round_ % len(workers)
-                    for name in [*workers[shift:], *workers[:shift]]:
-                        _progress(f"{network} {mode}, round {round_ + 1}/{rounds}: {name}")
-                        crew.ask(name, network, network, mode, NETWORK_BUDGET, round_)
-            note_compile(results, network, mode)
-            results.compare(network, mode, FAST, PLAIN)
-    _progress("")
-    return {key: min(seconds) for key, seconds in compile_.items()}
-
-
-def run_device(layers: Sequence[Case], rounds: int, budget: float, results: Results) -> None:
-    """Times both methods on a GPU or TPU, in turns within one process: it owns the device."""
-    with Crew(["device"], results) as crew:
-        for round_ in range(rounds):
-            for case in layers:
-                _progress(f"device, round {round_ + 1}/{rounds}: {case.label}")
-                for mode in LAYER_MODES:
-                    crew.ask("device", case, case.label, mode, budget, round_)
-    _progress("")
-
-
-# Arithmetic
-
-
-def geometric_mean(values: Iterable[float]) -> float | None:
-    """Returns the geometric mean, None of nothing."""
-    logs = [math.log(value) for value in values]
-    return math.exp(sum(logs) / len(logs)) if logs else None
-
-
-@dataclasses.dataclass(frozen=True)
-class Machine:
-    """What the machine can do at most, measured.
-
-    Attributes:
-      peak: additions and multiplications in a second, of the faster matrix product.
-      bandwidth: {bytes moved by a copy: bytes in a second}.
-    """
-
-    peak: float
-    bandwidth: dict[int, float]
-
-    @classmethod
-    def of(cls, times: Mapping[str, float]) -> "Machine":
-        """Reads the seconds of the machine's worker."""
-        peak = 2 * MATRIX**3 / min(times["numpy"], times["jax"])
-        return cls(peak, {moved: max(moved, LEAST_COPIED) / times[str(moved)] for moved in COPIES})
-
-    def limit(self, moved: int, operations: int) -> float:
-        """Returns the least seconds for so many bytes and operations: the roofline.
-
-        The bandwidth is that of the copy whose size is the nearest: what fits into a cache moves
-        faster than what does not, and the limit of memory would be none.
-        """
-        size = min(self.bandwidth, key=lambda size: abs(math.log(size / moved)))
-        return max(moved / self.bandwidth[size], operations / self.peak)
-
-
-@dataclasses.dataclass(frozen=True)
-class Figure:
-    """A number that sums up a run, and the range of what single rounds say; None: not measured."""
-
-    value: float | None
-    low: float | None = None
-    high: float | None = None
-
-
-def figure(f: Callable[[Table], float | None], tables: Sequence[Table]) -> Figure:
-    """Returns `f` of the best times, with its range over the rounds.
-
-    Args:
-      f: what sums up one table of times.
-      tables: the best times, then those of each round.
-    """
-    value, *rounds = map(f, tables)
-    rounds = [number for number in rounds if number is not None]
-    return Figure(value, min(rounds, default=None), max(rounds, default=None))
-
-
-def ratios(
-    table: Table, labels: Iterable[str], modes: Iterable[str], one: str, others: Iterable[str]
-) -> dict[tuple[str, str], float]:
-    """Returns {(label, mode): time of `one` / time of the best of `others`}, where both exist."""
-    labels, modes, others, found = list(labels), list(modes), list(others), {}
-    for label in labels:
-        for mode in modes:
-            rivals = [table[label, mode, o] for o in others if (label, mode, o) in table]
-            if rivals and (label, mode, one) in table:
-                found[label, mode] = table[label, mode, one] / min(rivals)
-    return found
-
-
-def distances(
-    table: Table, layers: Iterable[Case], modes: Iterable[str], machine: Machine | None
-) -> dict[tuple[str, str], float]:
-    """Returns {(label, mode): our time / the machine's limit} of the cases above 1 MB."""
+def quotients(table: Table, labels, modes, over: str, under: str) -> dict[tuple[str, str], float]:
+    """Returns {(label, mode): a time of column `over` / that of `under`}, where both exist."""
     return {
-        (case.label, mode): table[case.label, mode, OURS]
-        / machine.limit(case.moved(mode), case.operations(mode))
-        for case in layers
-        for mode in modes
-        if machine and case.moved("forward") > 1e6 and (case.label, mode, OURS) in table
+        (label, mode): table[label, mode, over] / table[label, mode, under]
+        for label, mode in itertools.product(labels, modes)
+        if table.get((label, mode, over)) and table.get((label, mode, under))
     }
 
 
-def doublings(
-    table: Table, layers: Iterable[Case], modes: Iterable[str]
-) -> dict[tuple[str, str], float]:
-    """Returns {(label, mode): our time with twice the batch / our time}."""
-    return {
-        (case.label, mode): table[doubled(case).label, mode, OURS] / table[case.label, mode, OURS]
-        for case in layers
-        for mode in modes
-        if {(doubled(case).label, mode, OURS), (case.label, mode, OURS)} <= table.keys()
-    }
+def read_machine(table: Table) -> dict[str, Any] | None:
+    """Returns the peak, operations/s, and the bandwidth, {bytes: bytes/s}, or None."""
+    times = {column: s for (label, _, column), s in table.items() if label == "machine"}
+    if not times:
+        return None
+    peak = 2 * MATRIX**3 / min(times["machine numpy"], times["machine jax"])
+    bandwidth = {n: max(n, LEAST_COPIED) / times[f"machine {n}"] for n in COPIES}
+    return {"peak": peak, "bandwidth": bandwidth}
 
 
-@dataclasses.dataclass(frozen=True)
-class Goal:
-    """A row of the Reach table: what is wanted at least, what is aimed at, and what was reached."""
+def roofline(machine: Any, moved: int, operations: int) -> float:
+    """Returns the least seconds for so many bytes and operations.
 
-    name: str
-    at_least: float
-    aim: float
-    reached: Figure
-    speedup: bool = False  # the more the better, else the less
+    Bytes move as fast as in the copy of the nearest size: caches are faster than memory.
+    """
+    bandwidth = machine["bandwidth"]
+    size = min(bandwidth, key=lambda size: abs(math.log(size / moved)))
+    return max(moved / bandwidth[size], operations / machine["peak"])
 
-    @property
-    def verdict(self) -> str:
-        """One word or two."""
-        if self.reached.value is None:
-            return "not measured"
-        sign = -1 if self.speedup else 1
-        for bound, word in ((self.aim, "aim"), (self.at_least, "at least")):
-            if sign * self.reached.value <= sign * bound:
-                return word
-        return "missed"
+
+def verdict(reached: float | None, at_least: float, aim: float) -> str:
+    """Returns what a number is beside its bounds; the more the better if the aim is the larger."""
+    if reached is None:
+        return "not measured"
+    sign = -1 if aim > at_least else 1
+    if sign * reached <= sign * aim:
+        return "aim"
+    return "at least" if sign * reached <= sign * at_least else "missed"
 
 
 class Summary:
-    """What a run comes to: computed here, printed, drawn and saved elsewhere."""
+    """What a run comes to; `best` is the table of all rounds together, `rounds` are the others."""
 
-    def __init__(
-        self,
-        results: Results,
-        layers: Sequence[Case],
-        peers: Sequence[str],
-        networks: Sequence[str] = (),
-        compile_: Mapping[Key, float] | None = None,
-    ):
+    def __init__(self, results: Results, layers: Sequence[Case], peers, networks=()):
         self.results, self.layers, self.peers, self.networks = results, layers, peers, networks
-        self.compile = compile_ or {}
-        self.best = results.table()
-        rounds = {r for v in results.timings.values() for t in v.values() for r in t.rounds}
-        self.tables = [self.best, *(results.table(r) for r in sorted(rounds))]
-        variants = results.timings.get(("machine", "limit", "machine"))
-        self.machine = (
-            Machine.of({name: timing.best for name, timing in variants.items()})
-            if variants
-            else None
-        )
+        self.labels = [case.label for case in layers]
+        self.large = [case.label for case in layers if case.moved("forward") > 1e6]
+        self.rounds = [self._complete(dict(table)) for table in results.rounds.values()]
+        keys = dict.fromkeys(key for table in self.rounds for key in table)
+        self.best = {key: min(t[key] for t in self.rounds if key in t) for key in keys}
+        self.machine = read_machine(self.best)
+        for case, mode in itertools.product(layers if self.machine else (), LAYER_MODES):
+            limit = roofline(self.machine, case.moved(mode), case.operations(mode))
+            for table in (self.best, *self.rounds):
+                table[case.label, mode, LIMIT] = limit
+        for (label, mode, worker, _), first in results.first.items():
+            key = label.removesuffix(AGAIN), mode, f"{worker} compile"
+            seconds = max(0.0, first - self.best[label, mode, worker])
+            self.best[key] = min(seconds, self.best.get(key, math.inf))
 
-    def ratios(self, table: Table, mode: str, peers: Sequence[str] | None = None) -> dict:
-        """Returns our time / the best peer's, case by case, in one mode."""
-        labels = [case.label for case in self.layers]
-        return ratios(table, labels, [mode], OURS, self.peers if peers is None else peers)
+    def _complete(self, table: Table) -> Table:
+        """Adds the columns that are made of others."""
 
-    def layer_mean(self, mode: str) -> Figure:
-        """The geometric mean of our time / the best peer's."""
-        return figure(lambda t: geometric_mean(self.ratios(t, mode).values()), self.tables)
+        def add(label, mode, column, others):
+            seconds = [table[other] for other in others if other in table]
+            if seconds:
+                table[label, mode, column] = min(seconds)
 
-    def layer_worst(self, *modes: str) -> Figure:
-        """The worst case of our time / the best peer's."""
-        return figure(
-            lambda t: max((x for m in modes for x in self.ratios(t, m).values()), default=None),
-            self.tables,
-        )
+        for case, mode in itertools.product(self.layers, LAYER_MODES):
+            add(case.label, mode, PEER, [(case.label, mode, peer) for peer in self.peers])
+            add(case.label, mode, DOUBLED, [(case.doubled.label, mode, OURS)])
+            table[case.label, mode, SECOND] = 1.0
+        for network, mode in itertools.product(self.networks, NETWORK_MODES):
+            add(network, mode, BACKEND, [(network, mode, name) for name in BACKENDS])
+        return table
 
-    def over(self, peer: str, mode: str) -> Figure:
-        """The geometric mean of a peer's time / ours."""
-        return figure(
-            lambda t: geometric_mean(1 / x for x in self.ratios(t, mode, [peer]).values()),
-            self.tables,
-        )
+    def figure(self, reduce: Callable[[Iterable], float], *columns: Any) -> dict[str, float | None]:
+        """Returns what sums up quotients, and the range of what single rounds say, or None."""
+        found = (quotients(table, *columns).values() for table in (self.best, *self.rounds))
+        value, *rounds = (reduce(ratios) if ratios else None for ratios in found)
+        known = [number for number in rounds if number is not None]
+        return {"value": value, "low": min(known, default=None), "high": max(known, default=None)}
 
-    def distance(self, *modes: str) -> Figure:
-        """The geometric mean of our time / the machine's limit, over the cases above 1 MB."""
-        return figure(
-            lambda t: geometric_mean(distances(t, self.layers, modes, self.machine).values()),
-            self.tables,
-        )
+    def milliseconds(self, *key: str) -> str:
+        """Returns what is printed of a time."""
+        return f"{self.best[key] * 1e3:.3f}" if key in self.best else "-"
 
-    def doubling(self, *modes: str) -> Figure:
-        """The geometric mean of our time with twice the batch / our time."""
-        return figure(
-            lambda t: geometric_mean(doublings(t, self.layers, modes).values()), self.tables
-        )
+    def spread(self, *key: str) -> str:
+        """Returns the median over the rounds, divided by the minimum: 1 is a quiet machine."""
+        seconds = [table[key] for table in self.rounds if key in table]
+        return _number(median(seconds) / min(seconds) if seconds else None)
 
-    def network(self, network: str, mode: str, one: str, *others: str) -> Figure:
-        """Time of one worker / time of the best of others, for one network."""
-        return figure(
-            lambda t: ratios(t, [network], [mode], one, others).get((network, mode)), self.tables
-        )
+    def ratio(self, label: str, mode: str, over: str, under: str) -> str:
+        """Returns what is printed of a quotient."""
+        return _number(quotients(self.best, [label], [mode], over, under).get((label, mode)))
 
-    def networks_worst(self) -> Figure:
-        """The worst network and mode of our time / the better of Keras's other backends."""
-        return figure(
-            lambda t: max(
-                ratios(t, self.networks, NETWORK_MODES, FAST, BACKENDS).values(), default=None
-            ),
-            self.tables,
-        )
+    def goals(self) -> list[dict[str, Any]]:
+        """The Reach table: what is wanted at least, what is aimed at, and what was reached."""
+        mean, worst, layers, others = geometric_mean, max, self.labels, "Keras's TF, torch"
+        both, forward, train = LAYER_MODES, ["forward"], ["train"]
+        networks, compile_ = (self.networks, NETWORK_MODES), (f"{FAST} compile", f"{PLAIN} compile")
+        speedups = {"infer": [(5, 6), (5, 6), (2, 2.5)], "train": [(5, 8), (8, 10), (3.5, 5)]}
 
-    def compile_ratio(self, network: str, mode: str) -> float | None:
-        """Compile time accelerated / plain, for one network."""
-        fast, plain = (self.compile.get((network, mode, name)) for name in (FAST, PLAIN))
-        return fast / plain if fast and plain else None
+        def goal(name, at_least, aim, *columns):
+            reached = self.figure(*columns)
+            found = {"name": name, "at_least": at_least, "aim": aim, "reached": reached}
+            word = verdict(reached["value"], at_least, aim)
+            return found | {"speedup": aim > at_least, "verdict": word}
 
-    def goals(self) -> list[Goal]:
-        """The Reach table."""
-        at_least = {"infer": (5, 5, 2), "train": (5, 8, 3.5)}
-        aims = {"infer": (6, 6, 2.5), "train": (8, 10, 5)}
-        compilations = [
-            ratio
-            for network in self.networks
-            for mode in NETWORK_MODES
-            if (ratio := self.compile_ratio(network, mode)) is not None
-        ]
-        both = LAYER_MODES
         return [
-            Goal("layer forward / best peer", 0.95, 0.75, self.layer_mean("forward")),
-            Goal("layer train step / best peer", 0.80, 0.60, self.layer_mean("train")),
-            Goal("worst single case, either", 1.40, 1.00, self.layer_worst(*both)),
-            Goal("over flax.linen.Conv, forward", 20, 30, self.over("linen", "forward"), True),
-            Goal("over flax.linen.Conv, train step", 45, 80, self.over("linen", "train"), True),
+            goal("layer forward / best peer", 0.95, 0.75, mean, layers, forward, OURS, PEER),
+            goal("layer train step / best peer", 0.8, 0.6, mean, layers, train, OURS, PEER),
+            goal("worst single case, either", 1.4, 1.0, worst, layers, both, OURS, PEER),
+            goal("over flax.linen.Conv, forward", 20, 30, mean, layers, forward, "linen", OURS),
+            goal("over flax.linen.Conv, train step", 45, 80, mean, layers, train, "linen", OURS),
             *(
-                Goal(
-                    f"{network} over plain JAX, {mode}",
-                    at_least[mode][i],
-                    aims[mode][i],
-                    self.network(network, mode, PLAIN, FAST),
-                    True,
-                )
+                goal(f"{name} over plain JAX, {mode}", *bounds, mean, [name], [mode], PLAIN, FAST)
                 for mode in NETWORK_MODES
-                for i, network in enumerate(NETWORKS)
+                for name, bounds in zip(NETWORKS, speedups[mode], strict=True)
             ),
-            Goal("network / best of Keras's TF, torch: worst", 0.95, 0.6, self.networks_worst()),
-            Goal(
-                "network compile time / plain JAX: worst",
-                2.0,
-                1.3,
-                Figure(max(compilations, default=None)),
-            ),
-            Goal("machine's limit, cases above 1 MB", 3.0, 2.0, self.distance(*both)),
-            Goal("time when the batch doubles", 2.2, 2.0, self.doubling(*both)),
+            goal(f"network / best of {others}: worst", 0.95, 0.6, worst, *networks, FAST, BACKEND),
+            goal("network compile time / plain JAX: worst", 2.0, 1.3, worst, *networks, *compile_),
+            goal("machine's limit, cases above 1 MB", 3, 2, mean, self.large, both, OURS, LIMIT),
+            goal("time when the batch doubles", 2.2, 2.0, mean, layers, both, DOUBLED, OURS),
         ]
 
 
@@ -1196,14 +816,9 @@ class Summary:
 def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Returns aligned columns: the first to the left, the others to the right."""
     lines = [header, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
+    first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
+    aligned = ([line[0].ljust(first), *map(str.rjust, line[1:], others)] for line in lines)
+    return "\n".join("  ".join(cells).rstrip() for cells in aligned)
 
 
 def _number(value: float | None, unit: str = "") -> str:
@@ -1214,217 +829,136 @@ def _number(value: float | None, unit: str = "") -> str:
     return f"{value:.{digits}f}{unit}"
 
 
-def _milliseconds(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds * 1e3:.3f}"
-
-
-def _range(found: Figure, unit: str = "") -> str:
+def _range(figure: Mapping[str, Any], unit: str = "") -> str:
     """Returns what single rounds say, from the lowest to the highest."""
-    return "-" if found.low is None else f"{_number(found.low)}..{_number(found.high)}{unit}"
+    low, high = figure["low"], figure["high"]
+    return "-" if low is None else f"{_number(low)}..{_number(high)}{unit}"
 
 
-def _with_range(found: Figure, unit: str = "") -> str:
-    rounds = f" (rounds {_range(found, unit)})" if found.low is not None else ""
-    return _number(found.value, unit) + rounds
+def _with_range(figure: Mapping[str, Any], unit: str = "") -> str:
+    rounds = f" (rounds {_range(figure, unit)})" if figure["low"] is not None else ""
+    return _number(figure["value"], unit) + rounds
 
 
-def describe_layers(summary: Summary, mode: str) -> str:
-    """Returns the table of the cases in one mode."""
-    results, best, rows = summary.results, summary.best, []
-    for case in summary.layers:
-        ours = results.timing(case.label, mode, OURS)
-        rivals = {
-            peer: timing
-            for peer in summary.peers
-            if (timing := results.timing(case.label, mode, peer))
-        }
-        winner = min(rivals, key=lambda peer: rivals[peer].best, default=None)
-        machine = summary.machine
-        limit = machine.limit(case.moved(mode), case.operations(mode)) if machine else None
-        rows.append(
-            [
-                case.name,
-                *map(str, [case.n, case.h, case.w, case.c, case.k, case.stride, case.padding]),
-                _milliseconds(ours.best if ours else None),
-                _number(ours.spread if ours else None),
-                *(
-                    _number(
-                        ratios(best, [case.label], [mode], OURS, [peer]).get((case.label, mode))
-                    )
-                    for peer in summary.peers
-                ),
-                winner or "-",
-                _number(rivals[winner].spread if winner else None),
-                _number(ours.best / limit if ours and limit else None),
-            ]
-        )
-    header = ["name", "n", "h", "w", "c", "k", "stride", "padding", "ours ms", "spread"]
-    header += [f"/{peer}" for peer in summary.peers] + ["best peer", "spread", "/limit"]
-    return format_table(header, rows)
-
-
-def describe_layer_summary(summary: Summary) -> str:
-    """Returns the geometric means and the worst cases of the layers."""
-    lines = []
+def describe_layers(summary: Summary) -> str:
+    """Returns a table of the cases for each mode, and what they come to."""
+    best, peers, text = summary.best, summary.peers, ""
+    header = [*(field.name for field in dataclasses.fields(Case)), "ours ms", "spread"]
+    header += [*(f"/{peer}" for peer in peers), "best peer", "spread", "/limit"]
     for mode in LAYER_MODES:
-        of_cases = summary.ratios(summary.best, mode)
-        worst = max(of_cases, key=lambda key: of_cases[key], default=("none",))[0]
-        lines += [
-            f"{mode}, our time / best peer's, geometric mean of {len(of_cases)} cases: "
-            + _with_range(summary.layer_mean(mode)),
-            f"{mode}, worst case: {_with_range(summary.layer_worst(mode))}, {worst}",
-            *(
-                f"{mode}, speed-up over {peer}, geometric mean: "
-                + _with_range(summary.over(peer, mode), "x")
-                for peer in summary.peers
-            ),
-        ]
-    return "\n".join([*lines, *_compile_lines(summary), *_limit_lines(summary)])
+        rows = []
+        for case in summary.layers:
+            at = case.label, mode
+            rivals = {peer: best[*at, peer] for peer in peers if (*at, peer) in best}
+            winner = min(rivals, key=rivals.__getitem__, default="-")
+            row = [*map(str, dataclasses.astuple(case))]
+            row += [summary.milliseconds(*at, OURS), summary.spread(*at, OURS)]
+            row += [summary.ratio(*at, OURS, peer) for peer in peers]
+            row += [winner, summary.spread(*at, winner), summary.ratio(*at, OURS, LIMIT)]
+            rows.append(row)
+        text += f"layer = convolution + bias + relu6, {mode}: our time / peer's\n"
+        text += f"{format_table(header, rows)}\n\n"
+    return text + "\n".join(_layer_lines(summary))
 
 
-def _compile_lines(summary: Summary) -> Iterator[str]:
-    """Compile times of our layers, beside plain XLA's where there is a peer that uses it."""
+def _layer_lines(summary: Summary) -> Iterator[str]:
+    """Our layers beside their peers and the machine, and what it takes to compile them."""
+    layers, peers, mean = summary.labels, summary.peers, geometric_mean
+    lines: list[Any] = [
+        ("our time / best peer's", layers, OURS, PEER, "", mean, max),
+        *((f"speed-up over {peer}", layers, peer, OURS, "x", mean, min) for peer in peers),
+        ("our time / the machine's limit above 1 MB", summary.large, OURS, LIMIT, "x", mean, max),
+        ("time when the batch doubles", layers, DOUBLED, OURS, "x", mean, max),
+    ]
+    for name in (OURS, *(peer for peer in ("linen", "haiku") if peer in peers)):
+        columns = layers, f"{name} compile", SECOND
+        lines.append((f"compile time of {name}", *columns, " s", median, max))
     for mode in LAYER_MODES:
-        for peer in [OURS, *(peer for peer in ("linen", "haiku") if peer in summary.peers)]:
-            seconds = {
-                case.label: timing.compile
-                for case in summary.layers
-                if (timing := summary.results.timing(case.label, mode, peer))
-            }
-            if seconds:
-                worst = max(seconds, key=lambda label: seconds[label])
-                yield (
-                    f"{mode}, compile time of {peer}: median "
-                    f"{_number(statistics.median(seconds.values()), ' s')}, "
-                    f"longest {_number(seconds[worst], ' s')}, {worst}"
-                )
-
-
-def _limit_lines(summary: Summary) -> Iterator[str]:
-    """What the machine can do, how far our layers are from it, and how they scale."""
+        for what, labels, over, under, unit, middle, worst in lines:
+            columns = labels, [mode], over, under
+            if found := quotients(summary.best, *columns):
+                text = _with_range(summary.figure(middle, *columns), unit)
+                extreme = _with_range(summary.figure(worst, *columns), unit)
+                where, _ = worst(found, key=found.__getitem__)
+                name = middle.__name__.replace("_", " ")
+                text += f" of {len(found)} cases; worst: {extreme}, {where}"
+                yield f"{mode}, {what}, {name}: {text}"
     if summary.machine:
-        widths = ", ".join(
-            f"{rate / 1e9:.1f} GB/s at {moved // MIB} MiB"
-            for moved, rate in summary.machine.bandwidth.items()
-        )
-        yield f"machine: {summary.machine.peak / 1e9:.0f} GFLOP/s; copies move {widths}"
-        for mode in LAYER_MODES:
-            count = len(distances(summary.best, summary.layers, [mode], summary.machine))
-            yield (
-                f"{mode}, our time / the machine's limit, geometric mean of {count} cases above "
-                f"1 MB: {_with_range(summary.distance(mode), 'x')}"
-            )
-    for mode in LAYER_MODES:
-        found = doublings(summary.best, summary.layers, [mode])
-        worst = f", worst {_number(max(found.values()), 'x')}" if found else ""
-        yield (
-            f"{mode}, time when the batch doubles, geometric mean of {len(found)} cases: "
-            f"{_with_range(summary.doubling(mode), 'x')}{worst}"
-        )
+        rates = summary.machine["bandwidth"].items()
+        copies = ", ".join(f"{rate / 1e9:.1f} GB/s at {moved // MIB} MiB" for moved, rate in rates)
+        yield f"machine: {summary.machine['peak'] / 1e9:.0f} GFLOP/s; copies move {copies}"
 
 
 def describe_networks(summary: Summary) -> str:
     """Returns the table of the networks, times with their spread, and that of what compiles."""
-    names = [PLAIN, FAST, *BACKENDS]
-    rows = []
-    for network in summary.networks:
-        for mode in NETWORK_MODES:
-            timings = [summary.results.timing(network, mode, name) for name in names]
-            rows.append(
-                [
-                    f"{network} {mode}",
-                    *(
-                        f"{timing.best * 1e3:.1f} ~{timing.spread:.2f}" if timing else "-"
-                        for timing in timings
-                    ),
-                    _with_range(summary.network(network, mode, PLAIN, FAST), "x"),
-                    _with_range(summary.network(network, mode, FAST, *BACKENDS)),
-                    *(
-                        _number(summary.compile.get((network, mode, name)), " s")
-                        for name in (PLAIN, FAST)
-                    ),
-                    _number(summary.compile_ratio(network, mode)),
-                ]
-            )
+    rows, plain, fast = [], f"{PLAIN} compile", f"{FAST} compile"
+    for network, mode in itertools.product(summary.networks, NETWORK_MODES):
+        at, row = (network, mode), [f"{network} {mode}"]
+        for name in (PLAIN, FAST, *BACKENDS):
+            row.append(f"{summary.milliseconds(*at, name)} ~{summary.spread(*at, name)}")
+        row.append(_with_range(summary.figure(geometric_mean, [network], [mode], PLAIN, FAST), "x"))
+        row.append(_with_range(summary.figure(geometric_mean, [network], [mode], FAST, BACKEND)))
+        row += [_number(summary.best.get((*at, column)), " s") for column in (plain, fast)]
+        rows.append([*row, summary.ratio(*at, fast, plain)])
     header = ["ms ~spread", "plain JAX", "accelerated", "TensorFlow", "torch", "speed-up"]
     header += ["/best backend", "compile plain", "accelerated", "ratio"]
-    return format_table(header, rows)
+    title = "networks, batch 1, 224x224; ratio of compile times: accelerated / plain\n"
+    return title + format_table(header, rows)
 
 
 def describe_device(summary: Summary) -> str:
-    """Returns the table of both methods on a GPU or TPU."""
-    rows = []
-    for (label, mode, worker), variants in summary.results.timings.items():
-        if worker == "device":
-            auto, lax = variants["auto"], variants["lax"]
-            rows.append(
-                [
-                    f"{label} {mode}",
-                    *(_milliseconds(timing.best) for timing in (auto, lax)),
-                    *(_number(timing.spread) for timing in (auto, lax)),
-                    _number(auto.best / lax.best),
-                ]
-            )
+    """Returns the table of both methods on a GPU or TPU, or why there is none."""
+    columns, rows = ("device auto", "device lax"), []
+    for at in (key[:2] for key in summary.best if key[2] == "device"):
+        times = [summary.milliseconds(*at, column) for column in columns]
+        spreads = [summary.spread(*at, column) for column in columns]
+        rows.append([" ".join(at), *times, *spreads, summary.ratio(*at, *columns)])
+    if not rows:
+        return f"device, skipped: {summary.results.failures.get('device', 'nothing was measured')}"
     return format_table(["device", "auto ms", "lax ms", "spread", "spread", "auto/lax"], rows)
 
 
-def describe_goals(goals: Iterable[Goal]) -> str:
+def describe_goals(goals: Iterable[Mapping[str, Any]]) -> str:
     """Returns the Reach table."""
     rows = []
     for goal in goals:
-        unit = "x" if goal.speedup else ""
-        bounds = [f"{bound:g}{unit}" for bound in (goal.at_least, goal.aim)]
-        reached = _number(goal.reached.value, unit)
-        rows.append([goal.name, *bounds, reached, _range(goal.reached, unit), goal.verdict])
+        unit, reached = "x" if goal["speedup"] else "", goal["reached"]
+        bounds = [f"{goal[bound]:g}{unit}" for bound in ("at_least", "aim")]
+        numbers = _number(reached["value"], unit), _range(reached, unit)
+        rows.append([goal["name"], *bounds, *numbers, goal["verdict"]])
     return format_table(["reach", "at least", "aim", "reached", "rounds", "verdict"], rows)
 
 
 def hardware() -> dict[str, Any]:
     """Returns the CPU's model, the cores that we may use, and the versions of all that is timed."""
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):  # Linux only
-        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.partition(":")[2].strip()
-                break
+    cpuinfo = pathlib.Path("/proc/cpuinfo")  # Linux only
+    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    model = names[0] if names else platform.processor() or platform.machine()
     versions = {"python": platform.python_version()}
-    packages = [package for _, packages in PEERS.values() for package in packages]
-    for package in ["jax", "jaxlib", "keras", "numpy", *packages]:
+    for package in "jax jaxlib keras numpy torch tensorflow tensorflow-cpu flax dm-haiku".split():
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     system = f"{platform.system()} {platform.machine()}"
-    return {"cpu": model, "system": system, "cores": _cores(), "versions": versions}
-
-
-def describe_hardware(found: Mapping[str, Any]) -> str:
-    """Returns the hardware line."""
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    return f"{found['cpu']}, {found['cores']} cores, {found['system']}; {versions}"
+    return {"cpu": model, "system": system, "cores": CORES, "versions": versions}
 
 
 def as_json(summary: Summary, **run: Any) -> str:
     """Returns all raw numbers and the figures, with `run`, which says what was run where."""
-    raw = [
-        {
-            "case": label,
-            "mode": mode,
-            "worker": worker,
-            "variant": variant,
-            "seconds": list(timing.rounds.values()),
-            "first_call_seconds": timing.first,
-        }
-        for (label, mode, worker), variants in summary.results.timings.items()
-        for variant, timing in variants.items()
-    ]
-    goals = [{**dataclasses.asdict(goal), "verdict": goal.verdict} for goal in summary.goals()]
+    raw = []
+    for (label, mode, worker, variant), first in summary.results.first.items():
+        key = label, mode, f"{worker} {variant}"
+        row = {"case": label, "mode": mode, "worker": worker, "variant": variant}
+        seconds = [table[key] for table in summary.rounds if key in table]
+        raw.append(row | {"seconds": seconds, "first_call_seconds": first})
     compile_ = [
-        {"network": network, "mode": mode, "worker": worker, "seconds": seconds}
-        for (network, mode, worker), seconds in summary.compile.items()
+        {"network": network, "mode": mode, "worker": name, "seconds": summary.best[key]}
+        for network, mode, name in itertools.product(summary.networks, NETWORK_MODES, (PLAIN, FAST))
+        if (key := (network, mode, f"{name} compile")) in summary.best
     ]
     document = run | {
-        "machine": summary.machine and dataclasses.asdict(summary.machine),
+        "machine": summary.machine,
         "cases": [dataclasses.asdict(case) | {"label": case.label} for case in summary.layers],
-        "reach": goals,
+        "reach": summary.goals(),
         "compile": compile_,
         "failures": summary.results.failures,
         "raw": raw,
@@ -1432,73 +966,43 @@ def as_json(summary: Summary, **run: Any) -> str:
     return json.dumps(document, indent=1) + "\n"
 
 
-LOOKS = {
-    "torch": ("#d9702b", "o"),
-    "tensorflow": ("#c9a227", "s"),
-    "linen": ("#1f5a96", "o"),
-    "haiku": ("#5aa0a0", "x"),
-}
-GRAY, RED = "#8a8f98", "#b3262e"
+COLORS = {"torch": "#d9702b", "tensorflow": "#c9a227", "linen": "#1f5a96", "haiku": "#5aa0a0"}
+MARKERS = {"torch": "o", "tensorflow": "s", "linen": "o", "haiku": "x"}
 
 
 def draw(summary: Summary, path: pathlib.Path) -> None:
     """Saves a chart: how many times longer than ours every peer takes, case by case."""
     import matplotlib.style
-    from matplotlib.figure import Figure as Canvas  # without pyplot: no window, no display
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.figure import Figure  # without pyplot: no window, no display
+    from matplotlib.ticker import LogLocator
 
-    layers = summary.layers
-    style = {
-        "font.size": 9,
-        "xtick.labelsize": 8,
-        "axes.grid": True,
-        "grid.alpha": 0.25,
-        "axes.edgecolor": GRAY,
-    }
+    layers, labels, best = summary.layers, summary.labels, summary.best
+    style = {"font.size": 9, "ytick.labelsize": 8, "axes.grid": True, "grid.alpha": 0.25}
     with matplotlib.style.context(["default", style]):
-        canvas: Any = Canvas(figsize=(11, 2.2 + 0.21 * len(layers)), layout="constrained")
+        canvas: Any = Figure(figsize=(11, 2.2 + 0.21 * len(layers)), layout="constrained")
         panels = canvas.subplots(1, 2, sharey=True)
         for axes, mode in zip(panels, LAYER_MODES, strict=True):
-            best = summary.ratios(summary.best, mode)
-            for row, case in enumerate(layers):
-                if ratio := best.get((case.label, mode)):
-                    color = RED if ratio > 1 else GRAY
-                    axes.plot([1, 1 / ratio], [row, row], color=color, lw=3, alpha=0.45, zorder=2)
+            for (label, _), ratio in quotients(best, labels, [mode], PEER, OURS).items():
+                row, color = labels.index(label), "#b3262e" if ratio < 1 else "#8a8f98"
+                axes.plot([1, ratio], [row, row], color=color, lw=3, alpha=0.45, zorder=2)
             for peer in summary.peers:
-                color, marker = LOOKS[peer]
-                found = summary.ratios(summary.best, mode, [peer])
-                points = [
-                    (1 / found[case.label, mode], row)
-                    for row, case in enumerate(layers)
-                    if (case.label, mode) in found
-                ]
-                if points:
-                    axes.scatter(
-                        *zip(*points, strict=True),
-                        s=26,
-                        c=color,
-                        marker=marker,
-                        label=peer,
-                        zorder=3,
-                    )
+                if found := quotients(best, labels, [mode], peer, OURS):
+                    rows = [labels.index(label) for label, _ in found]
+                    look = {"c": COLORS[peer], "marker": MARKERS[peer], "label": peer}
+                    axes.scatter([*found.values()], rows, 26, zorder=3, **look)
             axes.axvline(1, color="black", lw=1, zorder=1)
-            mean = summary.layer_mean(mode).value
-            note = f": best peer takes {_number(1 / mean)}x ours" if mean else ""
+            mean = summary.figure(geometric_mean, labels, [mode], PEER, OURS)["value"]
+            note = f": best peer takes {_number(mean)}x ours" if mean else ""
             axes.set_title(f"{mode}{note}", fontsize=11, fontweight="bold")
             axes.set(xscale="log", xlabel="peer's time / our time")
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}x"))
-            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}x")
+            axes.xaxis.set_minor_formatter("")
             axes.spines[["top", "right"]].set_visible(False)
-        sizes = (f"{c.h}x{c.w}x{c.c} k{c.k} s{c.stride} n{c.n}" for c in layers)
-        labels = [f"{c.name}   {size}" for c, size in zip(layers, sizes, strict=True)]
-        panels[0].set_yticks(range(len(layers)), labels)
+        names = [f"{c.name}   {c.h}x{c.w}x{c.c} k{c.k} s{c.stride} n{c.n}" for c in layers]
+        panels[0].set_yticks(range(len(layers)), names)
         panels[0].set_ylim(len(layers) - 0.5, -0.5)
-        handles, names = panels[0].get_legend_handles_labels()
-        if handles:
-            canvas.legend(
-                handles, names, loc="outside lower center", ncols=len(names), frameon=False
-            )
+        handles = panels[0].get_legend_handles_labels()
+        canvas.legend(*handles, loc="outside lower center", ncols=len(PEERS), frameon=False)
         canvas.suptitle("Depthwise convolution + bias + relu6 on CPU: right of 1x, we are faster")
         buffer = io.BytesIO()  # in memory first: no half-written file, whatever happens
         canvas.savefig(buffer, format=path.suffix[1:].lower(), dpi=130)
@@ -1515,35 +1019,26 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _chosen(known: Iterable[str]) -> Callable[[str], list[str]]:
-    """Returns an argparse type: some of the known names, separated by commas."""
-    known = list(known)
-
-    def convert(text: str) -> list[str]:
-        chosen = dict.fromkeys(name.strip() for name in text.split(","))
-        if not chosen.keys() <= set(known):
-            raise argparse.ArgumentTypeError(f"must be some of {','.join(known)}, got {text!r}.")
-        return list(chosen)
-
-    return convert
+def _chosen(known: Iterable[str], text: str) -> list[str]:
+    """An argparse type: some of the known names, separated by commas."""
+    chosen = dict.fromkeys(name.strip() for name in text.split(","))
+    if not chosen.keys() <= set(known):
+        raise argparse.ArgumentTypeError(f"must be some of {','.join(known)}, got {text!r}.")
+    return list(chosen)
 
 
-def _file(*suffixes: str) -> Callable[[str], pathlib.Path]:
-    """Returns an argparse type: a file that can be written, with one of these suffixes."""
-
-    def convert(text: str) -> pathlib.Path:
-        path = pathlib.Path(text).resolve()
-        if path.suffix.lower() not in suffixes:
-            raise argparse.ArgumentTypeError(f"must end in {', '.join(suffixes)}, got {text!r}.")
-        if not path.parent.is_dir():
-            raise argparse.ArgumentTypeError(f"must be in a folder that exists, got {text!r}.")
-        if path.is_dir():
-            raise argparse.ArgumentTypeError(f"must be a file, got the folder {text!r}.")
-        if not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise argparse.ArgumentTypeError(f"must be writable, got {text!r}.")
-        return path
-
-    return convert
+def _file(suffixes: Sequence[str], text: str) -> pathlib.Path:
+    """An argparse type: a file that can be written, with one of these suffixes."""
+    path = pathlib.Path(text).resolve()
+    for wrong, reason in [
+        (path.suffix.lower() not in suffixes, f"must end in {', '.join(suffixes)}, got"),
+        (not path.parent.is_dir(), "must be in a folder that exists, got"),
+        (path.is_dir(), "must be a file, got the folder"),
+        (not os.access(path if path.exists() else path.parent, os.W_OK), "must be writable, got"),
+    ]:
+        if wrong:
+            raise argparse.ArgumentTypeError(f"{reason} {text!r}.")
+    return path
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -1553,108 +1048,73 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Time this package beside PyTorch, TensorFlow, flax.linen and haiku.",
         epilog="Without --layers and --networks both parts run, with --quick the layers only.",
     )
-    add = parser.add_argument
+    add, error, some = parser.add_argument, parser.error, functools.partial
     add("--quick", action="store_true", help="a dozen layers, few rounds: below two minutes")
-    add(
-        "--layers",
-        nargs="?",
-        const="*",
-        metavar="PATTERNS",
-        help="time layers; which, by patterns of names such as 'Xception*,MobileNetV1-7/32'",
-    )
-    add(
-        "--networks",
-        nargs="?",
-        const=list(NETWORKS),
-        type=_chosen(NETWORKS),
-        metavar="NAMES",
-        help=f"time whole networks; which, of {','.join(NETWORKS)}",
-    )
-    add(
-        "--peers",
-        type=_chosen(PEERS),
-        default=list(PEERS),
-        metavar="NAMES",
-        help=f"of {','.join(PEERS)}; default all",
-    )
+    layers = "time layers; which, by patterns of names such as 'Xception*,MobileNetV1-7/32'"
+    add("--layers", nargs="?", const="*", metavar="PATTERNS", help=layers)
+    whole = f"time whole networks; which, of {','.join(NETWORKS)}"
+    add("--networks", nargs="?", const=[*NETWORKS], type=some(_chosen, NETWORKS), help=whole)
+    beside = f"of {','.join(PEERS)}; default all"
+    add("--peers", default=[*PEERS], type=some(_chosen, PEERS), help=beside)
     add("--rounds", type=_positive, help=f"default {ROUNDS[0]}, with --quick {ROUNDS[1]}")
     add("--device", action="store_true", help="time both methods on a GPU or TPU, too")
-    add("--json", type=_file(".json"), metavar="FILE", help="save all numbers")
-    add("--plot", type=_file(*FORMATS), metavar="FILE", help="save a chart of the layers")
-    add("--worker", choices=WORKERS, help=argparse.SUPPRESS)
+    add("--json", type=some(_file, [".json"]), metavar="FILE", help="save all numbers")
+    pictures = some(_file, [".png", ".jpg", ".pdf", ".svg"])
+    add("--plot", type=pictures, metavar="FILE", help="save a chart of the layers")
     args = parser.parse_args(argv)
-    _check(args, parser.error)
-    return args
-
-
-def _check(args: argparse.Namespace, error: Callable[[str], NoReturn]) -> None:
-    """Checks what depends on several arguments, and fills in what was left out."""
+    # What depends on several arguments, and what was left out.
     if args.quick and args.networks:
         error("argument --networks: not allowed with argument --quick.")
     if args.layers is None and args.networks is None:
-        args.layers = "*"
-        args.networks = [] if args.quick else list(NETWORKS)
+        args.layers, args.networks = "*", [] if args.quick else list(NETWORKS)
     args.networks = args.networks or []
     args.rounds = args.rounds or ROUNDS[args.quick]
     args.cases = []
     for pattern in args.layers.split(",") if args.layers is not None else []:
-        found = [
-            case
-            for case in cases(args.quick)
-            if fnmatch.fnmatchcase(case.label, pattern) or fnmatch.fnmatchcase(case.name, pattern)
-        ]
+        known = cases(args.quick)
+        found = [case for case in known if fnmatch.filter([case.name, case.label], pattern)]
         if not found:
             error(f"argument --layers: must match names of layers, got {pattern!r}.")
         args.cases += [case for case in found if case not in args.cases]
     if args.plot and not args.cases:
         error("argument --plot: needs layers, which --networks alone leaves out.")
-    if args.plot and not _installed("matplotlib"):
+    if args.plot and not importlib.util.find_spec("matplotlib"):
         error("argument --plot: needs matplotlib: pip install 'flax_dwconv[bench]'.")
-
-
-def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
+    return args
 
 
 def _run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     """Times what was chosen; prints, saves and draws what came out."""
-    machine, results, budget = hardware(), Results(), BUDGET[args.quick]
-    peers = [peer for peer in args.peers if _installed(PEERS[peer][0])]
-    absent = [peer for peer in args.peers if peer not in peers]
-    print(describe_hardware(machine), flush=True)
-    print(
-        f"{args.rounds} rounds in turns; minimum over rounds of each round's lower quartile; "
-        "spread = median over rounds / minimum"
-    )
-
-    backends = [PLAIN, FAST, *(name for name, module in BACKENDS.items() if _installed(module))]
-    networks = args.networks if _installed("keras") else []
-    if args.networks:
-        absent += [name for name in BACKENDS if name not in backends]
-        absent += [] if networks else ["keras"]
+    machine = hardware()
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    print(f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}; {versions}")
+    print(f"{args.rounds} rounds in turns; {HOW}")
+    keras = {**BACKENDS, "keras": "keras"} if args.networks else {}
+    needed = {peer: PEERS[peer] for peer in args.peers} | keras
+    absent = [name for name, module in needed.items() if not importlib.util.find_spec(module)]
+    peers = [peer for peer in args.peers if peer not in absent]
+    backends = [PLAIN, FAST, *(name for name in BACKENDS if name not in absent)]
+    networks = [] if "keras" in absent else args.networks
     if absent:
         print(f"absent, skipped: {', '.join(absent)} (pip install 'flax_dwconv[bench]')")
     print(flush=True)
 
-    start = time.perf_counter()
-    if args.device:
-        run_device(args.cases or cases(quick=True), args.rounds, budget, results)
-        if len(results.timings):
-            print(f"{describe_device(Summary(results, args.cases, peers))}\n", flush=True)
-        else:
-            print(f"device, skipped: {results.failures['device']}\n", flush=True)
-    if args.cases:
-        run_layers(args.cases, peers, args.rounds, budget, results)
-        summary = Summary(results, args.cases, peers)
-        for mode in LAYER_MODES:
-            print(f"layer = convolution + bias + relu6, {mode}: our time / peer's")
-            print(f"{describe_layers(summary, mode)}\n")
-        print(f"{describe_layer_summary(summary)}\n", flush=True)
-    compile_ = run_networks(networks, backends, args.rounds, results) if networks else {}
-    summary = Summary(results, args.cases, peers, networks, compile_)
-    if networks:
-        print("networks, batch 1, 224x224; ratio of compile times: accelerated / plain")
-        print(f"{describe_networks(summary)}\n")
+    start, stopped, results = time.perf_counter(), False, Results()
+    summary = Summary(results, args.cases, peers, networks)
+    for sessions, describe in plan(args, peers, networks, backends):
+        try:
+            for turns, rounds, budget in sessions:
+                take_turns(turns, rounds, budget, results)
+        except KeyboardInterrupt:
+            stopped = True
+        _progress("")
+        results.compare(summary.labels, LAYER_MODES, peers, OURS)
+        results.compare(networks, NETWORK_MODES, [FAST], PLAIN)
+        summary = Summary(results, args.cases, peers, networks)
+        note = "stopped by Ctrl-C: what follows had been measured until then\n\n" if stopped else ""
+        print(f"{note}{describe(summary)}\n", flush=True)
+        if stopped:
+            break
 
     print(describe_goals(summary.goals()))
     for what, reason in results.failures.items():
@@ -1662,30 +1122,21 @@ def _run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     print(f"{time.perf_counter() - start:.0f} s")
     if args.json:
         command = shlex.join(["python", "-m", "flax_dwconv.benchmark", *argv])
-        args.json.write_text(
-            as_json(summary, command=command, hardware=machine, rounds=args.rounds, absent=absent),
-            encoding="utf-8",
-        )
+        run = {"command": command, "hardware": machine, "rounds": args.rounds, "absent": absent}
+        args.json.write_text(as_json(summary, **run, stopped=stopped), encoding="utf-8")
     if args.plot:
         draw(summary, args.plot)
-    measured = any(worker in (OURS, FAST, "device") for _, _, worker in results.timings)
-    return 0 if measured else 1
+    measured = any(worker in (OURS, FAST, "device") for _, _, worker, _ in results.first)
+    return 130 if stopped else 0 if measured else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the benchmark and returns the exit code.
-
-    Args:
-      argv: the arguments; None takes those of the command line.
-    """
+    """Runs the benchmark, with the command line's arguments if `argv` is None: the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     args = _parse(argv)
-    if args.worker:
-        work(args.worker)
-        return 0
     try:
         return _run(args, argv)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # while nothing is measured
         print("\nStopped.", file=sys.stderr)
         return 130
     except OSError as error:

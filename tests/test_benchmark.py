@@ -3,6 +3,12 @@
 import dataclasses
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from statistics import geometric_mean
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +16,7 @@ import pytest
 from jax import lax
 
 from flax_dwconv import benchmark
-from flax_dwconv.benchmark import OURS, Case, Figure, Goal, Machine, Results, Summary, Timing
+from flax_dwconv.benchmark import LIMIT, OURS, PEER, Case, Results, Summary
 
 SMALL = Case("small", 1, 4, 4, 8, 3, 2, "same")
 BIG = Case("big", 2, 64, 64, 64, 3, 1, "valid")
@@ -22,7 +28,7 @@ def made_up():
     for case, mode, ours in [
         (SMALL, "forward", 1.0),
         (BIG, "forward", 4.0),
-        (benchmark.doubled(BIG), "forward", 10.0),
+        (BIG.doubled, "forward", 10.0),
         (SMALL, "train", 3.0),
         (BIG, "train", 6.0),
     ]:
@@ -40,8 +46,8 @@ def made_up():
     return results
 
 
-def summary(**kwargs):
-    return Summary(made_up(), [SMALL, BIG], ["torch", "linen"], **kwargs)
+def summary():
+    return Summary(made_up(), [SMALL, BIG], ["torch", "linen"])
 
 
 # Cases
@@ -100,12 +106,6 @@ def test_flipped_images_turn_same_into_equal_pads(case):
 # Arithmetic
 
 
-def test_geometric_mean():
-    assert benchmark.geometric_mean([0.5, 8]) == pytest.approx(2)
-    assert benchmark.geometric_mean(iter([3])) == pytest.approx(3)
-    assert benchmark.geometric_mean([]) is None
-
-
 @pytest.mark.parametrize(
     ("durations", "fresh", "first", "counted"),
     [
@@ -128,19 +128,44 @@ def test_measure(durations, fresh, first, counted, monkeypatch):
     assert not left
 
 
-def test_a_timing_keeps_the_minimum_and_its_spread():
-    timing = Timing(5.0, {0: 1.0, 1: 1.5, 2: 2.0})
-    assert (timing.best, timing.spread, timing.compile) == (1.0, 1.5, 4.0)
-    assert Timing(0.5, {0: 1.0}).compile == 0
+def test_the_minimum_and_its_spread():
+    results = Results()
+    for round_, seconds in enumerate([1.0, 1.5, 2.0]):
+        answer = {"jit": {"first": 5.0, "seconds": seconds}}
+        results.add(("small/1", "train", OURS), round_, answer)
+    found = Summary(results, [SMALL], [])
+    assert found.best["small/1", "train", OURS] == 1
+    assert found.spread("small/1", "train", OURS) == "1.50"
+    assert found.spread("small/1", "forward", OURS) == "-"
+
+
+def test_compile_times_are_first_calls_without_running():
+    results = Results()
+    for network, mode, first in [
+        ("MobileNetV2", "infer", 5.0),
+        ("MobileNetV2 again", "infer", 4.0),  # the less of two counts
+        ("MobileNetV2", "train", 0.5),  # a slow call that did not compile
+    ]:
+        answer = {"jit": {"first": first, "seconds": 1.0}}
+        results.add((network, mode, benchmark.PLAIN), 0, answer)
+    best = Summary(results, [], [], ["MobileNetV2"]).best
+    assert best["MobileNetV2", "infer", "keras-jax compile"] == 3
+    assert best["MobileNetV2", "train", "keras-jax compile"] == 0
 
 
 def test_the_better_variant_counts():
-    results = made_up()
-    assert results.timing("small/1", "forward", "torch").best == 2
-    assert results.timing("small/1", "forward", "haiku") is None
-    assert results.table()["small/1", "forward", "torch"] == 2
-    assert results.table(0)["small/1", "forward", "torch"] == 3
-    assert ("machine", "limit", "machine") not in results.table(1)
+    first, second = made_up().rounds.values()
+    assert first["small/1", "forward", "torch"] == 3
+    assert first["small/1", "forward", "torch contiguous"] == 12
+    best = summary().best
+    assert best["small/1", "forward", "torch"] == 2
+    assert best["small/1", "forward", "torch contiguous"] == 8
+    assert ("small/1", "forward", "haiku") not in best
+    assert ("machine", "limit", "machine") in first and (
+        "machine",
+        "limit",
+        "machine",
+    ) not in second
 
 
 def test_results_that_differ_are_reported(capsys):
@@ -148,50 +173,64 @@ def test_results_that_differ_are_reported(capsys):
     for worker, magnitude in [(OURS, 1.0), ("torch", 1.0001), ("haiku", 1.01)]:
         time = {"first": 1.0, "seconds": 1.0, "magnitudes": [magnitude, 2.0]}
         results.add(("small/1", "train", worker), 0, {"jit": time})
-    for worker in ("torch", "haiku", "linen"):
-        results.compare("small/1", "train", worker, OURS)
+    results.compare(["small/1"], ["train"], ["torch", "haiku", "linen"], OURS)
     message = "its results are not those of flax_dwconv"
     assert results.failures == {"haiku, small/1 train": message}
     assert message in capsys.readouterr().err
 
 
-def test_ratios_to_the_best_of_the_others():
-    table = {("a", "forward", OURS): 2.0, ("a", "forward", "x"): 8.0, ("a", "forward", "y"): 4.0}
-    labels, modes = ["a", "b"], ["forward", "train"]
-    assert benchmark.ratios(table, labels, modes, OURS, ["x", "y", "z"]) == {("a", "forward"): 0.5}
-    assert benchmark.ratios(table, labels, modes, OURS, ["z"]) == {}
+def test_quotients_of_what_there_is():
+    table = {("a", "forward", OURS): 2.0, ("a", "forward", "x"): 8.0, ("b", "forward", OURS): 1.0}
+    columns = ["a", "b"], ["forward", "train"], OURS
+    assert benchmark.quotients(table, *columns, "x") == {("a", "forward"): 0.25}
+    assert benchmark.quotients(table, *columns, "y") == {}
 
 
 def test_figure_has_the_range_of_the_rounds():
-    tables = [{"a": 2.0}, {"a": 3.0}, {}, {"a": 2.5}]
-    assert benchmark.figure(lambda table: table.get("a"), tables) == Figure(2.0, 2.5, 3.0)
-    assert benchmark.figure(lambda table: None, tables) == Figure(None, None, None)
+    results = Results()
+    for round_, seconds in {0: 3.0, 1: None, 2: 2.5}.items():
+        for worker, time in ((OURS, seconds), ("torch", 1.0)):
+            if time:
+                answer = {"jit": {"first": 9.0, "seconds": time}}
+                results.add(("small/1", "train", worker), round_, answer)
+    found, columns = Summary(results, [SMALL], ["torch"]), (["small/1"], ["train"], OURS)
+    assert found.figure(max, *columns, PEER) == {"value": 2.5, "low": 2.5, "high": 3.0}
+    assert found.figure(max, *columns, "linen") == {"value": None, "low": None, "high": None}
 
 
 def test_roofline():
-    machine = Machine(peak=100.0, bandwidth={1000: 50.0, 100_000: 10.0})
-    assert machine.limit(moved=1000, operations=1000) == 20  # bytes, out of a cache
-    assert machine.limit(moved=1000, operations=5000) == 50  # operations
-    assert machine.limit(moved=50_000, operations=0) == 5000  # bytes, out of memory
-    seconds = {str(moved): 2.0 for moved in benchmark.COPIES} | {"numpy": 4.0, "jax": 2.0}
-    machine = Machine.of(seconds)
-    assert machine.peak == benchmark.MATRIX**3
-    assert machine.bandwidth[2**20] == 2**24 and machine.bandwidth[2**28] == 2**27
+    machine = {"peak": 100.0, "bandwidth": {1000: 50.0, 100_000: 10.0}}
+    assert benchmark.roofline(machine, moved=1000, operations=1000) == 20  # bytes, out of a cache
+    assert benchmark.roofline(machine, moved=1000, operations=5000) == 50  # operations
+    assert benchmark.roofline(machine, moved=50_000, operations=0) == 5000  # bytes, out of memory
+    variants = {str(moved): 2.0 for moved in benchmark.COPIES} | {"numpy": 4.0, "jax": 2.0}
+    table = {("machine", "limit", f"machine {name}"): s for name, s in variants.items()}
+    machine = benchmark.read_machine(table)
+    assert machine["peak"] == benchmark.MATRIX**3
+    assert machine["bandwidth"][2**20] == 2**24 and machine["bandwidth"][2**28] == 2**27
+    assert benchmark.read_machine({("small/1", "train", OURS): 1.0}) is None
 
 
 def test_summary():
     found = summary()
-    assert found.layer_mean("forward").value == pytest.approx(1)  # 1/2 and 4/2
-    assert found.layer_mean("train").value == pytest.approx(math.sqrt(4.5))  # 3/2 and 6/2
-    assert found.layer_worst("forward", "train") == Figure(3.0, 3.0, 3.0)
-    assert found.over("linen", "train").value == pytest.approx(21)
-    assert found.over("haiku", "train") == Figure(None)
-    assert found.doubling("forward", "train").value == pytest.approx(2.5)
+
+    def mean(labels, modes, over, under):
+        return found.figure(geometric_mean, labels, modes, over, under)["value"]
+
+    layers, both = ["small/1", "big/2"], ["forward", "train"]
+    assert mean(layers, ["forward"], OURS, PEER) == pytest.approx(1)  # 1/2 and 4/2
+    assert mean(layers, ["train"], OURS, PEER) == pytest.approx(math.sqrt(4.5))  # 3/2 and 6/2
+    worst = found.figure(max, layers, both, OURS, PEER)
+    assert worst == {"value": 3.0, "low": 3.0, "high": 3.0}
+    assert mean(layers, ["train"], "linen", OURS) == pytest.approx(21)
+    assert mean(layers, ["train"], "haiku", OURS) is None
+    assert mean(layers, both, benchmark.DOUBLED, OURS) == pytest.approx(2.5)
     # Only the big case is above 1 MB, and the machine moves them at 32 MiB/s.
+    assert found.large == ["big/2"]
     limits = [max(BIG.moved(m) / 2**25, BIG.operations(m) / 1024**3) for m in ("forward", "train")]
-    assert found.distance("train").value == pytest.approx(6 / limits[1])
-    both = math.sqrt(4 / limits[0] * 6 / limits[1])
-    assert found.distance("forward", "train").value == pytest.approx(both)
+    assert mean(["big/2"], ["train"], OURS, LIMIT) == pytest.approx(6 / limits[1])
+    expected = math.sqrt(4 / limits[0] * 6 / limits[1])
+    assert mean(["big/2"], both, OURS, LIMIT) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -207,35 +246,45 @@ def test_summary():
 )
 def test_verdict(reached, speedup, verdict):
     at_least, aim = (2.0, 2.5) if speedup else (2.0, 1.0)
-    assert Goal("", at_least, aim, Figure(reached), speedup).verdict == verdict
+    assert benchmark.verdict(reached, at_least, aim) == verdict
 
 
 # What is printed, saved and drawn
 
 
-def test_table_of_the_cases():
-    small, big = benchmark.describe_layers(summary(), "forward").splitlines()[1:]
-    assert small.split()[:-1] == (
-        "small 1 4 4 8 3 2 same 1000.000 1.25 0.50 0.048 torch 1.25".split()
+def test_tables_of_the_cases():
+    lines = benchmark.describe_layers(summary()).splitlines()
+    assert lines[0] == "layer = convolution + bias + relu6, forward: our time / peer's"
+    header, small, big = (line.split() for line in lines[1:4])
+    assert " ".join(header) == (
+        "name n h w c k stride padding ours ms spread /torch /linen best peer spread /limit"
     )
-    assert big.split()[:-1] == (
-        "big 2 64 64 64 3 1 valid 4000.000 1.25 2.00 0.048 torch 1.25".split()
-    )
+    assert small[:-1] == "small 1 4 4 8 3 2 same 1000.000 1.25 0.50 0.048 torch 1.25".split()
+    assert big[:-1] == "big 2 64 64 64 3 1 valid 4000.000 1.25 2.00 0.048 torch 1.25".split()
+    assert lines[5] == "layer = convolution + bias + relu6, train: our time / peer's"
 
 
 def test_summary_of_the_layers_in_words():
-    text = benchmark.describe_layer_summary(summary())
-    assert "forward, our time / best peer's, geometric mean of 2 cases: 1.00 (rounds" in text
-    assert "train, worst case: 3.00 (rounds 3.00..3.00), big/2" in text
-    assert "forward, speed-up over linen, geometric mean: 21.0x" in text
-    assert "forward, compile time of flax_dwconv: median 27.5 s, longest 29.0 s, small/1" in text
+    text = benchmark.describe_layers(summary())
+    for line in [
+        "forward, our time / best peer's, geometric mean: 1.00 (rounds 1.00..1.00) of 2 cases; "
+        "worst: 2.00 (rounds 2.00..2.00), big/2",
+        "forward, speed-up over linen, geometric mean: 21.0x (rounds 21.0..21.0x) of 2 cases; "
+        "worst: 21.0x (rounds 21.0..21.0x), small/1",
+        "forward, speed-up over torch, geometric mean: 1.00x (rounds 1.00..1.00x) of 2 cases; "
+        "worst: 0.50x (rounds 0.50..0.50x), big/2",
+        "forward, time when the batch doubles, geometric mean: 2.50x (rounds 2.50..2.50x) of "
+        "1 cases; worst: 2.50x (rounds 2.50..2.50x), big/2",
+        "forward, compile time of flax_dwconv, median: 27.5 s of 2 cases; worst: 29.0 s, small/1",
+    ]:
+        assert line in text.splitlines()
     assert "GB/s at 1 MiB" in text
-    assert "geometric mean of 1 cases above 1 MB" in text
-    assert "geometric mean of 1 cases: 2.50x (rounds 2.50..2.50x), worst 2.50x" in text
+    assert "our time / the machine's limit above 1 MB, geometric mean: " in text
+    assert "train, time when the batch doubles" not in text  # it was not measured
 
 
 def test_networks_and_the_reach_table():
-    results, compile_ = made_up(), {}
+    results = made_up()
     for name, seconds in {
         benchmark.PLAIN: 12.0,
         benchmark.FAST: 2.0,
@@ -243,18 +292,24 @@ def test_networks_and_the_reach_table():
         "keras-torch": 5.0,
     }.items():
         for mode in benchmark.NETWORK_MODES:
-            answer = {"jit": {"first": 50.0, "seconds": seconds}}
+            first = {benchmark.PLAIN: 10.0 if mode == "infer" else 8.0}.get(name, 12.0) + seconds
+            answer = {"jit": {"first": first, "seconds": seconds}}
             results.add(("MobileNetV2", mode, name), 0, answer)
-    for mode, plain in (("infer", 10.0), ("train", 8.0)):
-        compile_["MobileNetV2", mode, benchmark.PLAIN] = plain
-        compile_["MobileNetV2", mode, benchmark.FAST] = 12.0
-    found = Summary(results, [SMALL, BIG], ["torch", "linen"], ["MobileNetV2"], compile_)
-    infer = benchmark.describe_networks(found).splitlines()[1]
-    for text in ("MobileNetV2 infer", "12000.0 ~1.00", "6.00x", "0.50", "10.0 s", "12.0 s", "1.20"):
+    found = Summary(results, [SMALL, BIG], ["torch", "linen"], ["MobileNetV2"])
+    infer = benchmark.describe_networks(found).splitlines()[2]
+    for text in (
+        "MobileNetV2 infer",
+        "12000.000 ~1.00",
+        "6.00x",
+        "0.50",
+        "10.0 s",
+        "12.0 s",
+        "1.20",
+    ):
         assert text in infer
     goals = found.goals()
     assert len(goals) == 15
-    assert {goal.name: goal.verdict for goal in goals} == {
+    assert {goal["name"]: goal["verdict"] for goal in goals} == {
         "layer forward / best peer": "missed",
         "layer train step / best peer": "missed",
         "worst single case, either": "missed",
@@ -278,8 +333,7 @@ def test_networks_and_the_reach_table():
 def test_nothing_measured_can_be_described():
     found = Summary(Results(), [SMALL], ["torch"], ["MobileNetV2"])
     texts = [
-        benchmark.describe_layers(found, "train"),
-        benchmark.describe_layer_summary(found),
+        benchmark.describe_layers(found),
         benchmark.describe_networks(found),
         benchmark.describe_goals(found.goals()),
     ]
@@ -293,6 +347,13 @@ def test_device_table():
     results.add(("small/1", "train", "device"), 0, times)
     row = benchmark.describe_device(Summary(results, [SMALL], [])).splitlines()[1]
     assert row.split() == "small/1 train 1.000 2.000 1.00 1.00 0.50".split()
+
+
+def test_without_a_device_the_reason_is_said():
+    results = Results()
+    results.fail("device", "JAX found no GPU")
+    text = benchmark.describe_device(Summary(results, [SMALL], []))
+    assert text == "device, skipped: JAX found no GPU"
 
 
 @pytest.mark.parametrize("results", [made_up(), Results()], ids=["made up", "empty"])
@@ -312,7 +373,7 @@ TINY = Case("tiny", 2, 5, 6, 4, 3, 2, "same")
 @pytest.mark.parametrize("mode", benchmark.LAYER_MODES)
 @pytest.mark.filterwarnings("ignore")  # the peers' own
 def test_peers_compute_what_we_compute(peer, mode):
-    pytest.importorskip(benchmark.PEERS[peer][0])
+    pytest.importorskip(benchmark.PEERS[peer])
     ours = benchmark.WORKERS[OURS]()(TINY, mode)["jit"]()
     for variant in benchmark.WORKERS[peer]()(TINY, mode).values():
         found = benchmark._magnitudes(variant())
@@ -343,27 +404,136 @@ def test_a_run_with_linen(tmp_path, capsys, monkeypatch):
     assert all(rate > 0 for rate in saved["machine"]["bandwidth"].values())
 
 
-def test_a_worker_that_fails_or_dies_is_reported_and_no_more(capsys):
-    results = Results()
-    impossible = dataclasses.replace(TINY, name="impossible", padding="nonsense")
+@pytest.fixture
+def processes(monkeypatch):
+    """All worker processes that are started."""
+    started = []
+
+    class Recorded(benchmark.Worker):
+        def __init__(self, *args):
+            super().__init__(*args)
+            started.append(self.process)
+
+    monkeypatch.setattr(benchmark, "Worker", Recorded)
+    return started
+
+
+class Then(Results):
+    """Results that do something after some of the answers."""
+
+    def __init__(self, actions):
+        super().__init__()
+        self.actions, self.answers = actions, 0
+
+    def add(self, *args):
+        super().add(*args)
+        self.answers += 1
+        self.actions.get(self.answers, lambda: None)()
+
+
+def turns(*cases):
+    return [(case.label, case, ["forward"], ["linen"]) for case in cases]
+
+
+def measured(results):
+    """The cases of each round."""
+    return [sorted({label for label, _, _ in table}) for table in results.rounds.values()]
+
+
+IMPOSSIBLE = dataclasses.replace(TINY, name="impossible", padding="nonsense")
+
+
+def test_a_worker_that_fails_or_dies_is_reported_and_no_more(processes):
+    def kill():
+        processes[0].kill()
+        processes[0].wait()
+
+    def stop():
+        raise KeyboardInterrupt
+
+    results = Then({2: kill, 4: stop})  # after small/1 and in the second round
     with pytest.raises(KeyboardInterrupt):
-        with benchmark.Crew(["linen"], results) as crew:
-
-            def ask(case, round_=0):
-                crew.ask("linen", case, case.label, "forward", 0.001, round_)
-
-            ask(impossible)
-            ask(TINY)
-            crew._workers["linen"]._process.kill()
-            crew._workers["linen"]._process.wait()
-            ask(TINY, 1)
-            ask(SMALL)
-            processes = [worker._process for worker in crew._workers.values()]
-            raise KeyboardInterrupt
-    assert [key[0] for key in results.timings] == ["tiny/2", "small/1"]
-    assert list(results.timings["tiny/2", "forward", "linen"]["jit"].rounds) == [0, 1]
+        benchmark.take_turns(turns(IMPOSSIBLE, TINY, SMALL), 3, 0.001, results)
+    assert measured(results) == [["small/1", "tiny/2"]] * 2
     assert list(results.failures) == ["linen, impossible/2 forward"]
+    assert len(processes) == 2
     assert all(process.poll() is not None for process in processes)
+
+
+def test_a_worker_that_does_not_answer_is_reported_and_started_again(
+    processes, monkeypatch, capsys
+):
+    def hang():
+        os.kill(processes[0].pid, signal.SIGSTOP)
+        monkeypatch.setattr(benchmark, "TIMEOUT", 0.5)
+
+    results = Then({1: hang})
+    fail = results.fail
+
+    def patient(*args):
+        fail(*args)
+        monkeypatch.setattr(benchmark, "TIMEOUT", 600)
+
+    results.fail = patient
+    benchmark.take_turns(turns(TINY, SMALL, BIG), 2, 0.001, results)
+    assert results.failures == {"linen, small/1 forward": "no answer within 0.5 s"}
+    assert "linen, small/1 forward: no answer within 0.5 s\n" in capsys.readouterr().err
+    assert measured(results) == [["big/2", "tiny/2"]] * 2
+    assert len(processes) == 2 and processes[0].returncode == -signal.SIGKILL
+
+
+def test_a_worker_that_does_not_start_is_asked_for_nothing(processes, monkeypatch):
+    monkeypatch.setattr(benchmark, "TIMEOUT", 0.01)  # less than an import takes
+    results = Results()
+    benchmark.take_turns(turns(TINY, SMALL), 2, 0.001, results)
+    assert results.failures == {"linen": "no answer within 0.01 s"}
+    assert not results.rounds and len(processes) == 1
+
+
+def test_ctrl_c_keeps_what_has_been_measured(tmp_path):
+    """As a terminal does it: all processes of the group are interrupted, workers included."""
+    script = """
+        import os, signal, sys, time
+        from flax_dwconv import benchmark
+
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
+        benchmark.BUDGET = 0.001, 0.001
+        add, answers = benchmark.Results.add, []
+
+        def add_and_interrupt(*args):
+            add(*args)
+            answers.append(args)
+            if len(answers) == 4:  # the machine, both peers forward, ours train
+                os.killpg(0, signal.SIGINT)
+                time.sleep(10)
+
+        benchmark.Results.add = add_and_interrupt
+        sys.exit(benchmark.main(sys.argv[1:]))
+        """
+    argv = ["--layers", "MobileNetV1-9", "--peers", "linen", "--rounds", "2"]
+    saved, chart = tmp_path / "times.json", tmp_path / "chart.png"
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), *argv, "--json", saved, "--plot", chart],
+        capture_output=True,
+        text=True,
+        start_new_session=True,
+        timeout=300,
+    )
+    assert (run.returncode, run.stderr) == (130, "")
+    lines = run.stdout.splitlines()
+    assert "stopped by Ctrl-C: what follows had been measured until then" in lines
+    assert [line for line in lines if line.startswith("forward, speed-up over linen, geometric")]
+    assert not [line for line in lines if line.startswith("train, speed-up over linen")]
+    assert [line for line in lines if line.startswith("over flax.linen.Conv, train ")]
+    document = json.loads(saved.read_text())
+    assert document["stopped"] is True and not document["failures"]
+    measured = [(raw["case"], raw["mode"], raw["worker"]) for raw in document["raw"]]
+    assert measured[-3:] == [
+        ("MobileNetV1-9/1", "forward", OURS),
+        ("MobileNetV1-9/1", "forward", "linen"),
+        ("MobileNetV1-9/1", "train", OURS),
+    ]
+    assert chart.read_bytes().startswith(b"\x89PNG")
 
 
 # The command line
@@ -371,16 +541,15 @@ def test_a_worker_that_fails_or_dies_is_reported_and_no_more(capsys):
 
 def no_run(monkeypatch, then=lambda *args: None):
     """Replaces what takes time."""
-    monkeypatch.setattr(benchmark, "run_layers", then)
-    monkeypatch.setattr(benchmark, "run_networks", lambda *args: {})
+    monkeypatch.setattr(benchmark, "take_turns", then)
 
 
 def test_an_absent_peer_is_named(capsys, monkeypatch):
     asked = []
-    no_run(monkeypatch, lambda layers, peers, *args: asked.extend(peers))
+    no_run(monkeypatch, lambda turns, *args: asked.extend(turns[1][-1]))
     monkeypatch.setitem(benchmark.sys.modules, "torch", None)
     assert benchmark.main(["--quick", "--peers", "torch,linen"]) == 1  # nothing was measured
-    assert asked == ["linen"]
+    assert asked == [OURS, "linen"]
     assert "absent, skipped: torch (pip install 'flax_dwconv[bench]')" in capsys.readouterr().out
 
 
@@ -455,16 +624,21 @@ def test_a_chart_needs_matplotlib(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "message"),
+    ("where", "error", "code", "message"),
     [
-        (KeyboardInterrupt(), 130, "\nStopped.\n"),
-        (OSError(28, "No space left"), 1, "The benchmark could not finish: [Errno 28] No space"),
+        (
+            "take_turns",
+            OSError(28, "No space left"),
+            1,
+            "The benchmark could not finish: [Errno 28]",
+        ),
+        ("hardware", KeyboardInterrupt(), 130, "\nStopped.\n"),
     ],
 )
-def test_ends_without_a_traceback(error, code, message, capsys, monkeypatch):
+def test_ends_without_a_traceback(where, error, code, message, capsys, monkeypatch):
     def fail(*args):
         raise error
 
-    no_run(monkeypatch, fail)
+    monkeypatch.setattr(benchmark, where, fail)
     assert benchmark.main(["--quick"]) == code
     assert capsys.readouterr().err.startswith(message)
