@@ -1049,7 +1049,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog="Without --layers and --networks both parts run, with --quick the layers only.",
     )
     add, error, some = parser.add_argument, parser.error, functools.partial
-    add("--quick", action="store_true", help="a dozen layers, few rounds: below two minutes")
+    add("--quick", action="store_true", help="a dozen layers, few rounds: some minutes")
     layers = "time layers; which, by patterns of names such as 'Xception*,MobileNetV1-7/32'"
     add("--layers", nargs="?", const="*", metavar="PATTERNS", help=layers)
     whole = f"time whole networks; which, of {','.join(NETWORKS)}"
