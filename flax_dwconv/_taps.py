@@ -15,6 +15,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -126,24 +127,25 @@ class Run:
     taps: dict[int, int]
 
 
-# The taps that the regions of an image may have in all: 49 for a 3x3 kernel with pads, 361 for 5x5.
-# Beyond it, an image is padded and its outputs are computed in tiles. 5x5 in regions takes a second
-# more to compile, and two thirds of the time to run; where there is little to run, it is not done.
-_REGION_TAPS, _MANY_REGION_TAPS = 150, 400
-_MANY_RESULTS = 1 << 19
+# How much is compiled depends on how much there is to compute: from how many results on, how many
+# taps the regions of an image may have in all, how many neighbouring outputs one pass of the inner
+# loop computes together. An image with more taps is padded instead. With pads, a 3x3 kernel has 49
+# taps in regions and a 5x5 one 361, each of which takes 1 to 3 ms to compile. Networks for single
+# images compile in half to three quarters of the time of 150 and 3 for all, and run as fast.
+_SOME, _MANY = 1 << 17, 1 << 19
+_EFFORT = [(0, 30, 1), (_SOME, 150, 2), (_MANY, 400, 5)]
 # The taps of one compiled loop body; compile time grows with them. More are a loop over bodies.
 _BODY_TAPS = 64
-# Neighbouring outputs that one pass of the inner loop computes together; more where a kernel fills
-# the first-level cache. Beyond 5, LLVM does not vectorise.
-_TILE, _WIDE_TILE = 3, 5
-_WIDE_BYTES = 1 << 15
+# A tile is wider than 3 only where the kernel fills the first-level cache.
+_NARROW_TILE, _WIDE_BYTES = 3, 1 << 15
 # Rows of at most as many outputs are computed as a whole, each output by the taps inside the image:
 # padding a row of 7 for a 7x7 kernel doubles it. 7x7 images with 7x7 kernels: twice as fast.
-_ROW = 8
+_ROW, _ROW_TILE = 8, 5
 # One pass of the inner loop of a kernel gradient: so many taps of a row of the kernel, so many
 # neighbouring cotangents, so many products of both, which is what compile time grows with.
 _ROW_TAPS, _ROW_POSITIONS, _ROW_PRODUCTS = 8, 28, 100
-# The rows of a kernel whose gradients are compiled one by one; more are a loop, unless short.
+# The rows of a kernel whose gradients are compiled one by one; more are a loop, unless the rows of
+# the image are short and there is much to sum.
 _ROWS = 5
 
 
@@ -170,7 +172,9 @@ def convolve(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis]) -> jax.Array
 def _convolve(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis]) -> jax.Array:
     runs = [[axis.runs(phase) for phase in range(axis.phases)] for axis in axes]
     results = x.shape[0] * math.prod(axis.out for axis in axes) * x.shape[-1]
-    most = _REGION_TAPS if results < _MANY_RESULTS else _MANY_REGION_TAPS
+    *_, (most, together) = [effort for least, *effort in _EFFORT if results >= least]
+    if kernel.size * kernel.dtype.itemsize < _WIDE_BYTES:
+        together = min(together, _NARROW_TILE)
     if math.prod(sum(len(run.taps) for p in axis for run in p) for axis in runs) <= most:
 
         def phase(phases):
@@ -179,7 +183,7 @@ def _convolve(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis]) -> jax.Arra
     else:
 
         def phase(phases):
-            return _tiles(x, kernel, axes, phases)
+            return _tiles(x, kernel, axes, phases, together)
 
     return _interleave(axes, phase, ())
 
@@ -243,7 +247,7 @@ def _regions(x: jax.Array, kernel: jax.Array, runs: Sequence[Sequence[Run]]) -> 
 
 
 def _tiles(
-    x: jax.Array, kernel: jax.Array, axes: Sequence[Axis], phases: Sequence[int]
+    x: jax.Array, kernel: jax.Array, axes: Sequence[Axis], phases: Sequence[int], together: int
 ) -> jax.Array:
     """One phase in tiles of neighbouring outputs, which share what they load.
 
@@ -267,8 +271,9 @@ def _tiles(
     sizes = [len(t) for t in taps]
 
     looped = math.prod(sizes) > _BODY_TAPS
-    row = counts[-1] <= _ROW and not looped
-    together = _WIDE_TILE if row or kernel.size * kernel.dtype.itemsize >= _WIDE_BYTES else _TILE
+    row = together > 1 and counts[-1] <= _ROW and not looped
+    if looped or row:
+        together = max(together, _ROW_TILE if row else _NARROW_TILE)
     tile = counts[-1] if row else together
     blocks = [*counts[:-1], -(-counts[-1] // tile)]
     # One body holds all taps, or a piece of a row of the kernel.
@@ -301,7 +306,7 @@ def _tiles(
                     window = _window(x, start, blocks, [*steps[:-1], steps[-1] * tile])
                     terms[tap] = _weigh(window, weights(tap))
             first, second = _halves(terms or {(0,): jnp.zeros_like(before)})
-            pairs.append((before + first, second))
+            pairs.append((lax.add(before, first) if looped else first, second))
         parts = -(-tile // together)
         return [
             y
@@ -320,7 +325,7 @@ def _tiles(
         ]
 
         def step(i, sums):
-            at = [j * piece for j, piece in zip(jnp.unravel_index(i, grid), body, strict=True)]
+            at = [j * piece for j, piece in zip(_unravel(i, grid), body, strict=True)]
             start = [a * gap for a, gap in zip(at, apart, strict=True)]
             piece = lax.dynamic_slice(x, (0, *start, 0), (x.shape[0], *extent, x.shape[-1]))
             return add(piece, lax.dynamic_slice(kernel, (*at, 0), (*body, x.shape[-1])), sums)
@@ -373,14 +378,12 @@ def kernel_gradient(x: jax.Array, g: jax.Array, axes: Sequence[Axis]) -> jax.Arr
     grid = [axis.out for axis in outer] + [pieces]
     apart = [axis.stride for axis in outer] + [taps * last.stride]
     rows = math.prod(grid)
-    if rows <= _ROWS or rows * taps * last.kernel <= _ROWS * _ROW_PRODUCTS:
-        starts = [
-            range(-axis.low, n * gap - axis.low, gap)
-            for n, gap, axis in zip(grid, apart, axes, strict=True)
-        ]
+    first = [-axis.low for axis in axes]
+    short = rows * taps * last.kernel <= _ROWS * _ROW_PRODUCTS
+    if rows <= _ROWS or short and x.size >= _SOME:
+        starts = [range(f, n * gap + f, gap) for f, n, gap in zip(first, grid, apart, strict=True)]
         y = jnp.stack([_row_gradient(x, g, axes, at, taps) for at in itertools.product(*starts)])
     else:
-        first = [-axis.low for axis in axes]
         extent = [(axis.kernel - 1) * axis.rhs_dilation + 1 for axis in axes]
         extent[-1] += (taps - 1) * last.stride
         reach = [(n - 1) * gap + e for n, gap, e in zip(grid, apart, extent, strict=True)]
@@ -390,7 +393,7 @@ def kernel_gradient(x: jax.Array, g: jax.Array, axes: Sequence[Axis]) -> jax.Arr
         x = _crop(x, first, reach)
 
         def step(i):
-            start = [a * gap for a, gap in zip(jnp.unravel_index(i, grid), apart, strict=True)]
+            start = [a * gap for a, gap in zip(_unravel(i, grid), apart, strict=True)]
             piece = lax.dynamic_slice(x, (0, *start, 0), (x.shape[0], *extent, x.shape[-1]))
             return _row_gradient(piece, g, axes, [*[0] * len(outer), left], taps)
 
@@ -473,6 +476,23 @@ def _window(
     return lax.slice(x, (0, *start, 0), (x.shape[0], *stop, x.shape[-1]), (1, *steps, 1))
 
 
+def _unravel(i: jax.Array, grid: Sequence[int]) -> list[Any]:
+    """Returns the position of element `i >= 0` of a grid.
+
+    `jnp.unravel_index` compiles five more loops, each of a single number.
+    """
+    at: list[Any] = []
+    for d, size in reversed(list(enumerate(grid))):
+        if size == 1:
+            at.append(0)
+        elif math.prod(grid[:d]) == 1:
+            at.append(i)
+        else:
+            at.append(lax.rem(i, jnp.asarray(size, i.dtype)))
+            i = lax.div(i, jnp.asarray(size, i.dtype))
+    return at[::-1]
+
+
 def _crop(x: jax.Array, first: Sequence[int], sizes: Sequence[int]) -> jax.Array:
     """Returns `sizes` positions of each spatial dimension from `first` on, zeros outside `x`."""
     dims = list(zip(first, sizes, x.shape[1:-1], strict=True))
@@ -534,6 +554,8 @@ def _together(pairs: Sequence[tuple[jax.Array, jax.Array]]) -> list[jax.Array]:
 
     XLA:CPU has no fusion with several results but one: a `reduce` of several operands.
     """
+    if len(pairs) == 1:
+        return [lax.add(*pairs[0])]
     operands = tuple(jnp.stack(pair) for pair in pairs)
     zeros = tuple(jnp.zeros((), x.dtype) for x in operands)
     return list(lax.reduce(operands, zeros, lambda a, b: tuple(map(lax.add, a, b)), (0,)))

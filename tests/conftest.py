@@ -53,3 +53,15 @@ def x64():
     """float64 for one test: `jax.enable_x64` is younger than our oldest JAX, `jax.experimental`'s
     older than our newest, the flag is in all of them."""
     yield from _config(jax_enable_x64=True)
+
+
+@pytest.fixture
+def much_effort(monkeypatch):
+    """Small convolutions are compiled as large ones are, in what is jitted in the test."""
+    from flax_dwconv import _cpu, _taps
+
+    monkeypatch.setattr(_taps, "_EFFORT", [(0, *_taps._EFFORT[-1][1:])])
+    monkeypatch.setattr(_taps, "_SOME", 0)
+    _cpu._plan.cache_clear()
+    yield
+    _cpu._plan.cache_clear()

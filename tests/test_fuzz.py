@@ -252,10 +252,18 @@ TRANSFORMATIONS = {
 # The algorithms for large images and kernels, on small ones: their limits are lowered to these.
 ALGORITHMS = {
     "as is": {},
-    "short rows": {"_REGION_TAPS": 0},
-    "tiles": {"_REGION_TAPS": 0, "_ROW": 0},
-    "loops": {"_REGION_TAPS": 0, "_BODY_TAPS": 5, "_ROWS": 0, "_ROW_TAPS": 2, "_ROW_PRODUCTS": 1},
-    "short sums": {"_REGION_TAPS": 8, "_ROWS": 0, "_ROW_POSITIONS": 4},
+    "regions": {"_EFFORT": [(0, 400, 1)], "_SOME": 0},
+    "padded": {"_EFFORT": [(0, 0, 1)]},
+    "short rows": {"_EFFORT": [(0, 0, 3)], "_SOME": 0},
+    "tiles": {"_EFFORT": [(0, 0, 3)], "_ROW": 0},
+    "loops": {
+        "_EFFORT": [(0, 0, 1)],
+        "_BODY_TAPS": 5,
+        "_ROWS": 0,
+        "_ROW_TAPS": 2,
+        "_ROW_PRODUCTS": 1,
+    },
+    "short sums": {"_EFFORT": [(0, 8, 2)], "_ROWS": 0, "_ROW_POSITIONS": 4},
 }
 # Every sum of products is exact: below 2 / eps.
 LIMITS = {"float32": 3, "bfloat16": 1, "float16": 2, "float64": 9}

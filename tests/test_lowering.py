@@ -82,8 +82,15 @@ def cotangent(name, *args):
     return integers(np.random.default_rng(7), shape.shape, shape.dtype)
 
 
+@pytest.fixture(params=["little", "much"])
+def effort(request):
+    """Compiled as where there is little to compute, which is so in all cases, and as for much."""
+    if request.param == "much":
+        request.getfixturevalue("much_effort")
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_forward_and_gradients(name):
+def test_forward_and_gradients(name, effort):
     x, kernel = operands(name)
     check(lambda f: lambda x, k, g: (f(x, k), vjp(f)(x, k, g)), name, x, kernel,
           cotangent(name, x, kernel))  # fmt: skip
@@ -190,7 +197,7 @@ def test_half_precision_accumulates_in_float32(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_normal_numbers(name):
+def test_normal_numbers(name, effort):
     rng = np.random.default_rng(1)
     x, kernel = (jnp.asarray(rng.normal(size=a.shape), a.dtype) for a in operands(name))
     g = cotangent(name, x, kernel)
