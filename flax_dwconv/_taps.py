@@ -128,16 +128,18 @@ class Run:
 
 
 # How much is compiled depends on how much there is to compute: from how many results on, how many
-# taps the regions of an image may have in all, how many neighbouring outputs one pass of the inner
-# loop computes together. An image with more taps is padded instead. With pads, a 3x3 kernel has 49
-# taps in regions and a 5x5 one 361, each of which takes 1 to 3 ms to compile. Networks for single
-# images compile in half to three quarters of the time of 150 and 3 for all, and run as fast.
-_SOME, _MANY = 1 << 17, 1 << 19
-_EFFORT = [(0, 30, 1), (_SOME, 150, 2), (_MANY, 400, 5)]
+# taps the regions of an image may have in all, and how many neighbouring outputs one pass of the
+# inner loop computes together. An image with more taps is padded instead. With pads, a 3x3 kernel
+# has 49 taps in regions and a 5x5 one 361, each of which takes 1 to 3 ms to compile. A single image
+# takes little longer without regions and tiles, a network hardly; a large batch, whose padded copy
+# fits into no cache, up to 4 times as long.
+_SOME = 1 << 17
+_EFFORT = [(0, 30, 1), (_SOME, 150, 2), (1 << 19, 400, 5)]
+# More than 3 outputs together pay only where the kernel fills the first-level cache; beyond 5, LLVM
+# does not vectorise.
+_NARROW_TILE, _WIDE_BYTES = 3, 1 << 15
 # The taps of one compiled loop body; compile time grows with them. More are a loop over bodies.
 _BODY_TAPS = 64
-# A tile is wider than 3 only where the kernel fills the first-level cache.
-_NARROW_TILE, _WIDE_BYTES = 3, 1 << 15
 # Rows of at most as many outputs are computed as a whole, each output by the taps inside the image:
 # padding a row of 7 for a 7x7 kernel doubles it. 7x7 images with 7x7 kernels: twice as fast.
 _ROW, _ROW_TILE = 8, 5
@@ -479,7 +481,7 @@ def _window(
 def _unravel(i: jax.Array, grid: Sequence[int]) -> list[Any]:
     """Returns the position of element `i >= 0` of a grid.
 
-    `jnp.unravel_index` compiles five more loops, each of a single number.
+    `jnp.unravel_index` compiles two more loops, each of a single number.
     """
     at: list[Any] = []
     for d, size in reversed(list(enumerate(grid))):
