@@ -342,11 +342,12 @@ def _draw_grid(
     side = int(np.ceil(len(images) ** 0.5))
     grid = figure.subplots(side, side, squeeze=False)
     for axes, image in zip(grid.flat, images, strict=True):
-        picture = axes.imshow(image, cmap=colors, vmin=low, vmax=high)
+        axes.imshow(image, cmap=colors, vmin=low, vmax=high)
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set(visible=True, linewidth=0.6)
     figure.suptitle(title, fontsize=11, fontweight="bold")
-    bar = figure.colorbar(picture, ax=grid, location="bottom", shrink=0.8, aspect=30, label=unit)
+    scale = grid[0, 0].images[0]
+    bar = figure.colorbar(scale, ax=grid, location="bottom", shrink=0.8, aspect=30, label=unit)
     bar.outline.set_visible(False)
 
 
