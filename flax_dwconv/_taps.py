@@ -132,7 +132,7 @@ class Run:
 # inner loop computes together. An image with more taps is padded instead. With pads, a 3x3 kernel
 # has 49 taps in regions and a 5x5 one 361, each of which takes 1 to 3 ms to compile. Without
 # regions and tiles, a layer takes 1 to 2 times as long on one small image, which a network hardly
-# shows, and 1 to 4 times on a batch whose padded copy fits into no cache.
+# shows; without regions, 1 to 4 times on a batch whose padded copy fits into no cache.
 _SOME = 1 << 17
 _EFFORT = [(0, 30, 1), (_SOME, 150, 2), (1 << 19, 400, 5)]
 # More than 3 outputs together pay only where the kernel fills the first-level cache; beyond 5, LLVM
