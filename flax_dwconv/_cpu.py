@@ -216,7 +216,8 @@ def _materialize(*arrays: jax.Array) -> Sequence[jax.Array]:
 
     Without dimensions of size 1: XLA gives them any layout, and then copies the array for the call.
     """
-    squeezed = _called(_identity, *map(jnp.squeeze, arrays))
+    squeezed = [lax.squeeze(x, [d for d, size in enumerate(x.shape) if size == 1]) for x in arrays]
+    squeezed = _called(_identity, *squeezed)
     return [x.reshape(array.shape) for x, array in zip(squeezed, arrays, strict=True)]
 
 
@@ -246,7 +247,8 @@ def _computed_once(y: jax.Array) -> jax.Array:
     """
     info = jnp.finfo(y.dtype)
     y = lax.reduce_precision(y, info.nexp, info.nmant)
-    return y / ((y == y) | (y != y)).astype(y.dtype)
+    ordered_or_not = lax.bitwise_or(lax.eq(y, y), lax.ne(y, y))
+    return lax.div(y, lax.convert_element_type(ordered_or_not, y.dtype))
 
 
 def _register() -> None:

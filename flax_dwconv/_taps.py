@@ -24,18 +24,7 @@ from jax import lax
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """The geometry of one spatial dimension.
-
-    Write an output position as o = q * P + r, with P = lhs_dilation / gcd(lhs_dilation, stride).
-    Then the tap `a` reads a position of the input for every q or for none, and where it does, it
-    reads `x[first + q * step]` with
-
-        first = (r * stride + a * rhs_dilation - low) / lhs_dilation,    step = P * stride /
-        lhs_dilation,
-
-    a strided slice: the dilated input is never made. A forward convolution has P = 1; the input
-    gradient of a strided one has P = stride phases, whose outputs interleave.
-    """
+    """The geometry of one spatial dimension."""
 
     size: int
     kernel: int
@@ -45,49 +34,72 @@ class Axis:
     lhs_dilation: int
     rhs_dilation: int
 
-    @property
-    def phases(self) -> int:
-        """P, the number of phases."""
-        return self.lhs_dilation // math.gcd(self.lhs_dilation, self.stride)
+    def phases(self) -> list[tuple[slice, "Axis"]]:
+        """Splits a dilated input's outputs into phases, each a convolution of the input itself.
 
-    @property
-    def step(self) -> int:
-        """Input positions from one output of a phase to the next."""
-        return self.phases * self.stride // self.lhs_dilation
+        Write an output position as o = q * P + r, with P = lhs_dilation / gcd(lhs_dilation,
+        stride). Then the tap `a` reads a position of the input for every q or for none, and where
+        it does, it reads `x[first + q * step]` with
 
-    def count(self, phase: int) -> int:
-        """Returns the number of outputs of a phase."""
-        return len(range(phase, self.out, self.phases))
+            first = (r * stride + a * rhs_dilation - low) / lhs_dilation,
+            step = P * stride / lhs_dilation,
 
-    def taps(self, phase: int) -> dict[int, int]:
-        """Returns {tap: the position of the input that it reads for q = 0} of a phase."""
-        reads = {
-            a: phase * self.stride + a * self.rhs_dilation - self.low for a in range(self.kernel)
-        }
-        return {a: t // self.lhs_dilation for a, t in reads.items() if t % self.lhs_dilation == 0}
+        a strided slice: the dilated input is never made. The taps that read are evenly spaced, in
+        the kernel and in the input. A forward convolution has P = 1; the input gradient of a
+        strided one has P = stride phases, whose outputs interleave.
 
-    def runs(self, phase: int) -> list["Run"]:
-        """Splits a phase into runs of outputs none of whose taps reads outside the input."""
+        Returns:
+          For each r its taps of the kernel, and its geometry, with `lhs_dilation` 1.
+        """
+        count = self.lhs_dilation // math.gcd(self.lhs_dilation, self.stride)
+        parts = []
+        for r in range(min(count, self.out)):
+            reads = [
+                (a, r * self.stride + a * self.rhs_dilation - self.low) for a in range(self.kernel)
+            ]
+            reads = [(a, t // self.lhs_dilation) for a, t in reads if t % self.lhs_dilation == 0]
+            taps, positions = zip(*reads, strict=True) if reads else ((), (0,))
+            phase = Axis(
+                size=self.size,
+                kernel=len(taps),
+                out=len(range(r, self.out, count)),
+                stride=count * self.stride // self.lhs_dilation,
+                low=-positions[0],
+                lhs_dilation=1,
+                rhs_dilation=positions[1] - positions[0] if len(taps) > 1 else 1,
+            )
+            every = taps[1] - taps[0] if len(taps) > 1 else 1
+            parts.append((slice(taps[0], taps[-1] + 1, every) if taps else slice(0), phase))
+        return parts
+
+    def runs(self) -> list["Run"]:
+        """Splits the outputs of a phase into runs none of whose taps reads outside the input."""
         valid = {}
-        for a, first in self.taps(phase).items():
-            inside = _inside(first, self.step, self.count(phase), self.size)
+        for a in range(self.kernel):
+            inside = self.inside(a)
             if inside:
-                valid[a] = (inside.start, inside.stop, first)
-        cuts = {0, self.count(phase)} | {
-            q for start, stop, _ in valid.values() for q in (start, stop)
-        }
+                valid[a] = inside
+        cuts = {0, self.out} | {q for run in valid.values() for q in (run.start, run.stop)}
         return [
             Run(
                 hi - lo,
-                self.step,
                 {
-                    a: f + lo * self.step
-                    for a, (start, stop, f) in valid.items()
-                    if start <= lo < stop
+                    a: lo * self.stride + a * self.rhs_dilation - self.low
+                    for a, run in valid.items()
+                    if lo in run
                 },
             )
             for lo, hi in itertools.pairwise(sorted(cuts))
         ]
+
+    def inside(self, tap: int) -> range:
+        """Returns the outputs of a phase for which a tap reads inside the input."""
+        return _inside(tap * self.rhs_dilation - self.low, self.stride, self.out, self.size)
+
+    @property
+    def reach(self) -> int:
+        """Input positions of a phase from the first to the last that is read, pads included."""
+        return (self.kernel - 1) * self.rhs_dilation + (self.out - 1) * self.stride + 1
 
     def swapped(self) -> "Axis":
         """Returns the geometry with input and kernel exchanged; its outputs come in reverse.
@@ -118,12 +130,10 @@ class Run:
 
     Attributes:
       count: number of outputs.
-      step: input positions from one output to the next.
       taps: {tap: the input position that it reads for the first output}.
     """
 
     count: int
-    step: int
     taps: dict[int, int]
 
 
@@ -134,18 +144,15 @@ class Run:
 # regions and tiles, a layer takes 1 to 2 times as long on one small image, which a network hardly
 # shows; without regions, 1 to 4 times on a batch whose padded copy fits into no cache.
 _SOME = 1 << 17
-_EFFORT = [(0, 30, 1), (_SOME, 150, 2), (1 << 19, 400, 5)]
-# More than 3 outputs together pay only where the kernel fills the first-level cache; beyond 5, LLVM
-# does not vectorise.
-_NARROW_TILE, _WIDE_BYTES = 3, 1 << 15
-# The taps of one compiled loop body; compile time grows with them. More are a loop over bodies.
-_BODY_TAPS = 64
-# Rows of at most as many outputs are computed as a whole, each output by the taps inside the image:
-# padding a row of 7 for a 7x7 kernel doubles it. 7x7 images with 7x7 kernels: twice as fast.
-_ROW, _ROW_TILE = 8, 5
+_EFFORT = [(0, 30, 1), (_SOME, 150, 4), (1 << 19, 400, 7)]
+# The taps of one compiled loop body; compile time grows with them. More are a loop over bodies, of
+# so many outputs together.
+_BODY_TAPS, _LOOP_TILE = 64, 3
+# Rows of at most as many outputs are computed as a whole.
+_ROW = 8
 # One pass of the inner loop of a kernel gradient: so many taps of a row of the kernel, so many
 # neighbouring cotangents, so many products of both, which is what compile time grows with.
-_ROW_TAPS, _ROW_POSITIONS, _ROW_PRODUCTS = 8, 28, 100
+_ROW_TAPS, _ROW_POSITIONS, _ROW_PRODUCTS = 8, 28, 150
 # The rows of a kernel whose gradients are compiled one by one; more are a loop, unless the rows of
 # the image are short and there is much to sum.
 _ROWS = 5
@@ -172,40 +179,33 @@ def convolve(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis]) -> jax.Array
 
 
 def _convolve(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis]) -> jax.Array:
-    runs = [[axis.runs(phase) for phase in range(axis.phases)] for axis in axes]
+    phases = [axis.phases() for axis in axes]
     results = x.shape[0] * math.prod(axis.out for axis in axes) * x.shape[-1]
     *_, (most, together) = [effort for least, *effort in _EFFORT if results >= least]
-    if kernel.size * kernel.dtype.itemsize < _WIDE_BYTES:
-        together = min(together, _NARROW_TILE)
-    if math.prod(sum(len(run.taps) for p in axis for run in p) for axis in runs) <= most:
+    taps = [sum(len(run.taps) for _, axis in parts for run in axis.runs()) for parts in phases]
+    regions = math.prod(taps) <= most
 
-        def phase(phases):
-            return _regions(x, kernel, [axis[p] for axis, p in zip(runs, phases, strict=True)])
+    def build(chosen: tuple[tuple[slice, Axis], ...]) -> jax.Array:
+        d = len(chosen)
+        if d < len(axes):
+            return _alternate([build((*chosen, part)) for part in phases[d]], d + 1, axes[d].out)
+        slices, geometry = zip(*chosen, strict=True)
+        part = kernel[slices]
+        if regions:
+            return _regions(x, part, geometry)
+        if not part.size:
+            return jnp.zeros((x.shape[0], *[axis.out for axis in geometry], x.shape[-1]), x.dtype)
+        if together > 1 and geometry[-1].out <= _ROW and math.prod(part.shape[:-1]) <= _BODY_TAPS:
+            return _rows(x, part, geometry)
+        return _tiles(x, part, geometry, together)
 
-    else:
-
-        def phase(phases):
-            return _tiles(x, kernel, axes, phases, together)
-
-    return _interleave(axes, phase, ())
-
-
-def _interleave(
-    axes: Sequence[Axis], phase: Callable[[Sequence[int]], jax.Array], phases: Sequence[int]
-) -> jax.Array:
-    """Computes all phases of all axes, and puts their outputs in order."""
-    d = len(phases)
-    if d == len(axes):
-        return phase(phases)
-    axis = axes[d]
-    parts = [_interleave(axes, phase, (*phases, p)) for p in range(min(axis.phases, axis.out))]
-    return _alternate(parts, d + 1, axis.out)
+    return build(())
 
 
 def _alternate(parts: Sequence[jax.Array], dim: int, size: int) -> jax.Array:
     """Takes elements along `dim` in turns from each of `parts`, `size` of them in all."""
     if len(parts) == 1:
-        return lax.slice_in_dim(parts[0], 0, size, axis=dim)
+        return parts[0]
     longest = parts[0].shape[dim]
     parts = [_pad_end(part, dim, longest - part.shape[dim]) for part in parts]
     shape = list(parts[0].shape)
@@ -219,38 +219,77 @@ def _pad_end(x: jax.Array, dim: int, zeros: int) -> jax.Array:
     return lax.pad(x, jnp.zeros((), x.dtype), [(0, zeros * (d == dim), 0) for d in range(x.ndim)])
 
 
-def _regions(x: jax.Array, kernel: jax.Array, runs: Sequence[Sequence[Run]]) -> jax.Array:
+def _regions(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis]) -> jax.Array:
     """One phase as regions, each the sum of those taps that read inside the image.
 
     No padded copy of the image is made: with 3x3 kernels 1.4 to 2.5 times faster than with one.
     """
     weights = _weights(kernel)
+    steps = [axis.stride for axis in axes]
 
     def build(chosen: tuple[Run, ...]) -> jax.Array:
         d = len(chosen)
-        if d < len(runs):
-            parts = [build((*chosen, run)) for run in runs[d]]
+        if d < len(axes):
+            parts = [build((*chosen, run)) for run in axes[d].runs()]
             return lax.concatenate(parts, d + 1) if len(parts) > 1 else parts[0]
         counts = [run.count for run in chosen]
         terms = {
-            tap: _weigh(_window(x, start, counts, steps), weights(tap))
+            tap: _multiply(_window(x, start, counts, steps), weights(tap))
             for tap, start in zip(
                 itertools.product(*[run.taps for run in chosen]),
                 itertools.product(*[run.taps.values() for run in chosen]),
                 strict=True,
             )
         }
-        if not terms:
-            return jnp.zeros((x.shape[0], *counts, x.shape[-1]), x.dtype)
-        return _sum_taps(terms)
+        return _sum_taps(terms, (x.shape[0], *counts, x.shape[-1]), x.dtype)
 
-    steps = [axis[0].step for axis in runs]
     return build(())
 
 
-def _tiles(
-    x: jax.Array, kernel: jax.Array, axes: Sequence[Axis], phases: Sequence[int], together: int
-) -> jax.Array:
+def _rows(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis]) -> jax.Array:
+    """One phase in rows of few outputs, each output the sum of those taps that read inside the row.
+
+    Padding a row of 7 for a 7x7 kernel would double it. If the other dimensions are as small, the
+    input and the kernel exchange their roles there: the rows of the input are the taps, and it is
+    the kernel that is padded, once for all examples. 7x7 images with 7x7 kernels: twice as fast as
+    tiles.
+    """
+    *outer, last = axes
+    swapped = [axis.size <= axis.kernel and axis.rhs_dilation == 1 for axis in outer]
+    outer = [axis.swapped() if swap else axis for swap, axis in zip(swapped, outer, strict=True)]
+
+    def windows(array: jax.Array, slides: Sequence[bool]) -> Callable[[tuple[int, ...]], jax.Array]:
+        """Returns a function of a position of `array`, which slides along some dimensions."""
+        dims = list(zip(slides, outer, strict=True))
+        first = [-axis.low if slide else 0 for slide, axis in dims]
+        reach = [axis.reach if slide else axis.kernel for slide, axis in dims]
+        counts = [axis.out if slide else 1 for slide, axis in dims]
+        steps = [axis.stride if slide else 1 for slide, axis in dims]
+        apart = [axis.rhs_dilation if slide else 1 for slide, axis in dims]
+        array = _crop(array, [*first, 0], [*reach, array.shape[-2]])
+
+        @functools.cache
+        def window(at: tuple[int, ...]) -> jax.Array:
+            start = [a * gap for a, gap in zip(at, [*apart, 1], strict=True)]
+            return _window(array, start, [*counts, 1], [*steps, 1])
+
+        return window
+
+    images = windows(x, [not swap for swap in swapped])
+    weights = windows(kernel[None], swapped)
+    outputs: list[dict[tuple[int, ...], jax.Array]] = [{} for _ in range(last.out)]
+    for i, terms in enumerate(outputs):
+        for row in itertools.product(*[range(axis.kernel) for axis in outer]):
+            for b in range(last.kernel):
+                t = i * last.stride + b * last.rhs_dilation - last.low
+                if 0 <= t < last.size:
+                    terms[*row, b] = _multiply(images((*row, t)), weights((*row, b)))
+    shape = (x.shape[0], *[axis.out for axis in outer], 1, x.shape[-1])
+    y = lax.concatenate(_sum_together(outputs, shape, x.dtype), len(axes))
+    return lax.rev(y, [d for d, swap in enumerate(swapped, 1) if swap])
+
+
+def _tiles(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis], together: int) -> jax.Array:
     """One phase in tiles of neighbouring outputs, which share what they load.
 
     A tap costs two loads, of the input and of the kernel, and one multiplication, so that loads are
@@ -258,67 +297,44 @@ def _tiles(
     inputs.
     """
     spatial = len(axes)
-    counts = [axis.count(p) for axis, p in zip(axes, phases, strict=True)]
-    steps = [axis.step for axis in axes]
-
-    # The taps of a phase are evenly spaced, in the kernel and in the input.
-    taps = [list(axis.taps(p).items()) for axis, p in zip(axes, phases, strict=True)]
-    if not all(taps):
-        return jnp.zeros((x.shape[0], *counts, x.shape[-1]), x.dtype)
-    first = [t[0][1] for t in taps]
-    apart = [t[1][1] - t[0][1] if len(t) > 1 else 1 for t in taps]
-    kernel = kernel[
-        tuple(slice(t[0][0], t[-1][0] + 1, t[1][0] - t[0][0] if t[1:] else None) for t in taps)
-    ]
-    sizes = [len(t) for t in taps]
-
+    steps = [axis.stride for axis in axes]
+    apart = [axis.rhs_dilation for axis in axes]
+    sizes = [axis.kernel for axis in axes]
     looped = math.prod(sizes) > _BODY_TAPS
-    row = together > 1 and counts[-1] <= _ROW and not looped
-    if looped or row:
-        together = max(together, _ROW_TILE if row else _NARROW_TILE)
-    tile = counts[-1] if row else together
-    blocks = [*counts[:-1], -(-counts[-1] // tile)]
+    if looped:
+        together = _LOOP_TILE
+    *counts, last = [axis.out for axis in axes]
+    blocks = [*counts, -(-last // together)]
     # One body holds all taps, or a piece of a row of the kernel.
     body = sizes
     if looped:
-        pieces = -(-sizes[-1] // (_BODY_TAPS // tile))
+        pieces = -(-sizes[-1] // (_BODY_TAPS // together))
         body = [1] * (spatial - 1) + [-(-sizes[-1] // pieces)]
         kernel = _pad_end(kernel, spatial - 1, body[-1] * pieces - sizes[-1])
         sizes[-1] = body[-1] * pieces
     reach = [
         (size - 1) * gap + (count - 1) * step + 1
         for size, gap, count, step in zip(
-            sizes, apart, [*blocks[:-1], blocks[-1] * tile], steps, strict=True
+            sizes, apart, [*counts, blocks[-1] * together], steps, strict=True
         )
     ]
-    left = 0
-    if row:  # no pads: what is outside the image is left out below
-        left, first[-1], reach[-1] = first[-1], 0, x.shape[-2]
-    x = _crop(x, first, reach)
+    x = _crop(x, [-axis.low for axis in axes], reach)
 
-    def add(x: jax.Array, kernel: jax.Array, sums: Sequence[jax.Array]) -> list[jax.Array]:
-        pairs = []
+    shape = (x.shape[0], *blocks, x.shape[-1])
+
+    def body_sums(x: jax.Array, kernel: jax.Array) -> list[jax.Array]:
         weights = _weights(kernel)
-        for i, before in enumerate(sums):
-            terms: dict[tuple[int, ...], jax.Array] = {}
-            for tap in itertools.product(*map(range, kernel.shape[:-1])):
+        outputs: list[dict[tuple[int, ...], jax.Array]] = [{} for _ in range(together)]
+        for i, terms in enumerate(outputs):
+            for tap in itertools.product(*map(range, body)):
                 start = [a * gap for a, gap in zip(tap, apart, strict=True)]
-                start[-1] += left + i * steps[-1]
-                if not row or 0 <= start[-1] < x.shape[-2]:
-                    window = _window(x, start, blocks, [*steps[:-1], steps[-1] * tile])
-                    terms[tap] = _weigh(window, weights(tap))
-            first, second = _halves(terms or {(0,): jnp.zeros_like(before)})
-            pairs.append((lax.add(before, first) if looped else first, second))
-        parts = -(-tile // together)
-        return [
-            y
-            for i in range(parts)
-            for y in _together(pairs[i * tile // parts : (i + 1) * tile // parts])
-        ]
+                start[-1] += i * steps[-1]
+                window = _window(x, start, blocks, [*steps[:-1], steps[-1] * together])
+                terms[tap] = _multiply(window, weights(tap))
+        return _sum_together(outputs, shape, x.dtype)
 
-    sums = [jnp.zeros((x.shape[0], *blocks, x.shape[-1]), x.dtype)] * tile
     if not looped:
-        sums = add(x, kernel, sums)
+        sums = body_sums(x, kernel)
     else:
         grid = [size // piece for size, piece in zip(sizes, body, strict=True)]
         extent = [
@@ -330,10 +346,12 @@ def _tiles(
             at = [j * piece for j, piece in zip(_unravel(i, grid), body, strict=True)]
             start = [a * gap for a, gap in zip(at, apart, strict=True)]
             piece = lax.dynamic_slice(x, (0, *start, 0), (x.shape[0], *extent, x.shape[-1]))
-            return add(piece, lax.dynamic_slice(kernel, (*at, 0), (*body, x.shape[-1])), sums)
+            taps = lax.dynamic_slice(kernel, (*at, 0), (*body, x.shape[-1]))
+            return list(map(lax.add, sums, body_sums(piece, taps)))
 
-        sums = lax.fori_loop(0, math.prod(grid), step, sums)
-    return _alternate(sums, spatial, counts[-1])
+        zeros = [jnp.zeros(shape, x.dtype)] * together
+        sums = lax.fori_loop(0, math.prod(grid), step, zeros)
+    return _alternate(sums, spatial, last)
 
 
 def is_kernel_gradient(axes: Sequence[Axis]) -> bool:
@@ -443,13 +461,12 @@ def _row_gradient(
             t: _window(x, [*in_x, t], counts, steps)
             for t in sorted({t for p in positions for t in reads[p].values()})
         }
-        sums = []
-        for b in range(taps):
-            terms: dict[tuple[int, ...], jax.Array] = {
-                (p,): lax.mul(xs[reads[p][b]], gs[p]) for p in positions if b in reads[p]
-            }
-            sums.append(_halves(terms or {(0,): jnp.zeros(shape, x.dtype)}))
-        return jnp.stack([y.sum(range(y.ndim - 1)) for y in _together(sums)])
+        products: list[dict[tuple[int, ...], jax.Array]] = [
+            {(p,): lax.mul(xs[reads[p][b]], gs[p]) for p in positions if b in reads[p]}
+            for b in range(taps)
+        ]
+        sums = _sum_together(products, shape, x.dtype)
+        return jnp.stack([y.sum(range(y.ndim - 1)) for y in sums])
 
     inside = _inside_for_all(first[-1], last, taps, x.shape[-2])
     most = max(min(_ROW_POSITIONS, _ROW_PRODUCTS // taps), 1)
@@ -501,7 +518,8 @@ def _crop(x: jax.Array, first: Sequence[int], sizes: Sequence[int]) -> jax.Array
     start = [min(max(lo, 0), old) for lo, _, old in dims]
     stop = [min(max(lo + size, at), old) for (lo, size, old), at in zip(dims, start, strict=True)]
     # First the slice, then the pads: a `pad` that crops too makes XLA:CPU pad the whole array.
-    x = lax.slice(x, (0, *start, 0), (x.shape[0], *stop, x.shape[-1]))
+    if [end - at for at, end in zip(start, stop, strict=True)] != list(x.shape[1:-1]):
+        x = lax.slice(x, (0, *start, 0), (x.shape[0], *stop, x.shape[-1]))
     pads = [
         (at - lo if at < end else size, lo + size - end if at < end else 0, 0)
         for (lo, size, _), at, end in zip(dims, start, stop, strict=True)
@@ -512,21 +530,26 @@ def _crop(x: jax.Array, first: Sequence[int], sizes: Sequence[int]) -> jax.Array
 
 
 def _weights(kernel: jax.Array) -> Callable[[tuple[int, ...]], jax.Array]:
-    """Returns a function of a tap, which slices its weights once for all who read them."""
-
-    @functools.cache
-    def weights(tap: tuple[int, ...]) -> jax.Array:
-        return lax.slice(kernel, (*tap, 0), (*[a + 1 for a in tap], kernel.shape[-1]))
-
-    return weights
+    """Returns a function of a tap, whose weights have the dimensions of a window, of size 1."""
+    *sizes, c = kernel.shape
+    taps = list(itertools.product(*map(range, sizes)))
+    flat = kernel.reshape(len(taps), *[1] * len(sizes), c)
+    return dict(zip(taps, lax.split(flat, [1] * len(taps)), strict=True)).__getitem__
 
 
-def _weigh(window: jax.Array, weights: jax.Array) -> jax.Array:
-    """Returns the window times the weights of a tap."""
-    return lax.mul(window, lax.broadcast_in_dim(weights, window.shape, range(1, window.ndim)))
+def _multiply(window: jax.Array, weights: jax.Array) -> jax.Array:
+    """Returns the product of two arrays, either of which may have dimensions of size 1."""
+    shape = tuple(map(max, window.shape, weights.shape))
+    full = [
+        y if y.shape == shape else lax.broadcast_in_dim(y, shape, range(y.ndim))
+        for y in (window, weights)
+    ]
+    return lax.mul(*full)
 
 
-def _sum_taps(terms: Mapping[tuple[int, ...], jax.Array]) -> jax.Array:
+def _sum_taps(
+    terms: Mapping[tuple[int, ...], jax.Array], shape: tuple[int, ...], dtype: Any
+) -> jax.Array:
     """Sums {tap: product}: each row of the kernel in order, the rows as a tree.
 
     In one chain of 49 additions each waits for the one before. (`lax.add` traces in 0.4 of the
@@ -536,28 +559,46 @@ def _sum_taps(terms: Mapping[tuple[int, ...], jax.Array]) -> jax.Array:
     for tap, term in terms.items():
         row = tap[:-1]
         rows[row] = lax.add(rows[row], term) if row in rows else term
-    sums = list(rows.values())
+    sums = list(rows.values()) or [jnp.zeros(shape, dtype)]
     while len(sums) > 1:
         pairs = [lax.add(a, b) for a, b in zip(sums[::2], sums[1::2], strict=False)]
         sums = pairs + sums[2 * len(pairs) :]
     return sums[0]
 
 
-def _halves(terms: Mapping[tuple[int, ...], jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Returns the sums of the first and of the second half of the terms."""
-    items = list(terms.items())
-    middle = (len(items) + 1) // 2
-    first = _sum_taps(dict(items[:middle]))
-    return first, _sum_taps(dict(items[middle:])) if items[middle:] else jnp.zeros_like(first)
+def _sum_together(
+    outputs: Sequence[Mapping[tuple[int, ...], jax.Array]], shape: tuple[int, ...], dtype: Any
+) -> list[jax.Array]:
+    """Sums {tap: product} for each output, all in one loop, which loads once what they share.
 
-
-def _together(pairs: Sequence[tuple[jax.Array, jax.Array]]) -> list[jax.Array]:
-    """Adds each pair, all in one loop, so that what the pairs have in common is loaded once.
-
-    XLA:CPU has no fusion with several results but one: a `reduce` of several operands.
+    XLA:CPU has no fusion with several results but one: a `reduce` of several operands. Here it
+    takes the maximum of two copies of each output, which is the output itself. XLA does not see
+    that. LLVM does: it computes the output before the loop over the copies, and drops that loop,
+    so that the loop around it, over channels, vectorises.
     """
-    if len(pairs) == 1:
-        return [lax.add(*pairs[0])]
-    operands = tuple(jnp.stack(pair) for pair in pairs)
-    zeros = tuple(jnp.zeros((), x.dtype) for x in operands)
-    return list(lax.reduce(operands, zeros, lambda a, b: tuple(map(lax.add, a, b)), (0,)))
+    if len(outputs) == 1:
+        return [_sum_taps(outputs[0], shape, dtype)]
+    sums: list[Any] = [None] * len(outputs)
+    for row in dict.fromkeys(tap[:-1] for terms in outputs for tap in terms):
+        sums[0] = _after(sums[0], [y for y in sums[1:] if y is not None])
+        for i, terms in enumerate(outputs):
+            for term in [term for tap, term in terms.items() if tap[:-1] == row]:
+                sums[i] = term if sums[i] is None else lax.add(sums[i], term)
+    sums = [jnp.zeros(shape, dtype) if y is None else y for y in sums]
+    copies = tuple(lax.broadcast(y, (2,)) for y in sums)
+    least = tuple(jnp.full((), -jnp.inf, dtype) for y in sums)
+    return list(lax.reduce(copies, least, lambda a, b: tuple(map(lax.max, a, b)), (0,)))
+
+
+def _after(y: Any, others: Sequence[jax.Array]) -> Any:
+    """Returns `y`, and has XLA compute the others before what uses it.
+
+    XLA emits code in the order in which it meets operations on the way back from the result, one
+    output after the other, and LLVM keeps to that order by and large. All that outputs share would
+    have to stay in registers until the last one. This makes them grow together, row by row, which
+    takes 0.4 to 0.7 of the time. The condition always holds: LLVM knows, XLA does not.
+    """
+    if y is None or not others:
+        return y
+    total = functools.reduce(lax.add, others)
+    return lax.select(lax.bitwise_or(lax.eq(total, total), lax.ne(total, total)), y, total)

@@ -256,7 +256,7 @@ ALGORITHMS = {
     "padded": {"_EFFORT": [(0, 0, 1)]},
     "short rows": {"_EFFORT": [(0, 0, 3)], "_SOME": 0},
     "tiles": {"_EFFORT": [(0, 0, 3)], "_ROW": 0},
-    "wide tiles": {"_EFFORT": [(0, 0, 5)], "_ROW": 0, "_WIDE_BYTES": 0},
+    "wide tiles": {"_EFFORT": [(0, 0, 7)], "_ROW": 0},
     "loops": {
         "_EFFORT": [(0, 0, 1)],
         "_BODY_TAPS": 5,
