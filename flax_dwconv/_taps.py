@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -74,27 +74,13 @@ class Axis:
 
     def runs(self) -> list["Run"]:
         """Splits the outputs of a phase into runs none of whose taps reads outside the input."""
-        valid = {}
-        for a in range(self.kernel):
-            inside = self.inside(a)
-            if inside:
-                valid[a] = inside
-        cuts = {0, self.out} | {q for run in valid.values() for q in (run.start, run.stop)}
+        firsts = {a: a * self.rhs_dilation - self.low for a in range(self.kernel)}
+        valid = {a: _inside(t, self.stride, self.out, self.size) for a, t in firsts.items()}
+        ends = {q for inside in valid.values() if inside for q in (inside.start, inside.stop)}
         return [
-            Run(
-                hi - lo,
-                {
-                    a: lo * self.stride + a * self.rhs_dilation - self.low
-                    for a, run in valid.items()
-                    if lo in run
-                },
-            )
-            for lo, hi in itertools.pairwise(sorted(cuts))
+            Run(hi - lo, {a: t + lo * self.stride for a, t in firsts.items() if lo in valid[a]})
+            for lo, hi in itertools.pairwise(sorted({0, self.out} | ends))
         ]
-
-    def inside(self, tap: int) -> range:
-        """Returns the outputs of a phase for which a tap reads inside the input."""
-        return _inside(tap * self.rhs_dilation - self.low, self.stride, self.out, self.size)
 
     @property
     def reach(self) -> int:
@@ -137,14 +123,19 @@ class Run:
     taps: dict[int, int]
 
 
+Terms = dict[tuple[int, ...], jax.Array]  # {tap: product}, to be summed up
+
+
 # How much is compiled depends on how much there is to compute: from how many results on, how many
 # taps the regions of an image may have in all, and how many neighbouring outputs one pass of the
 # inner loop computes together. An image with more taps is padded instead. With pads, a 3x3 kernel
 # has 49 taps in regions and a 5x5 one 361, each of which takes 1 to 3 ms to compile. Without
 # regions and tiles, a layer takes 1 to 2 times as long on one small image, which a network hardly
-# shows; without regions, 1 to 4 times on a batch whose padded copy fits into no cache.
+# shows; without regions, 1 to 4 times on a batch whose padded copy fits into no cache. Tiles of 4
+# instead of 2 would take 0.8 to 0.9 of the time, but a network of 18 layers half a second longer to
+# compile. The images of a network that starts with 224x224 have rows of 7, 14, 28, 56, 112.
 _SOME = 1 << 17
-_EFFORT = [(0, 30, 1), (_SOME, 150, 4), (1 << 19, 400, 7)]
+_EFFORT = [(0, 30, 1), (_SOME, 150, 2), (1 << 19, 400, 7)]
 # The taps of one compiled loop body; compile time grows with them. More are a loop over bodies, of
 # so many outputs together.
 _BODY_TAPS, _LOOP_TILE = 64, 3
@@ -156,6 +147,10 @@ _ROW_TAPS, _ROW_POSITIONS, _ROW_PRODUCTS = 8, 28, 150
 # The rows of a kernel whose gradients are compiled one by one; more are a loop, unless the rows of
 # the image are short and there is much to sum.
 _ROWS = 5
+# From so many elements of the image on, they are compiled to run one after the other: XLA would
+# keep the partial sums of all rows, and the C library maps memory of more than 32 MB anew for each
+# call. 16 images of 56x56x144, 64 of 7x7x768: a train step takes a half and a quarter of the time.
+_MUCH = 1 << 21
 
 
 def convolve(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis]) -> jax.Array:
@@ -277,7 +272,7 @@ def _rows(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis]) -> jax.Array:
 
     images = windows(x, [not swap for swap in swapped])
     weights = windows(kernel[None], swapped)
-    outputs: list[dict[tuple[int, ...], jax.Array]] = [{} for _ in range(last.out)]
+    outputs: list[Terms] = [{} for _ in range(last.out)]
     for i, terms in enumerate(outputs):
         for row in itertools.product(*[range(axis.kernel) for axis in outer]):
             for b in range(last.kernel):
@@ -319,12 +314,10 @@ def _tiles(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis], together: int)
         )
     ]
     x = _crop(x, [-axis.low for axis in axes], reach)
-
     shape = (x.shape[0], *blocks, x.shape[-1])
 
-    def body_sums(x: jax.Array, kernel: jax.Array) -> list[jax.Array]:
+    def add(outputs: Sequence[Terms], x: jax.Array, kernel: jax.Array) -> list[jax.Array]:
         weights = _weights(kernel)
-        outputs: list[dict[tuple[int, ...], jax.Array]] = [{} for _ in range(together)]
         for i, terms in enumerate(outputs):
             for tap in itertools.product(*map(range, body)):
                 start = [a * gap for a, gap in zip(tap, apart, strict=True)]
@@ -334,7 +327,7 @@ def _tiles(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis], together: int)
         return _sum_together(outputs, shape, x.dtype)
 
     if not looped:
-        sums = body_sums(x, kernel)
+        sums = add([{} for _ in range(together)], x, kernel)
     else:
         grid = [size // piece for size, piece in zip(sizes, body, strict=True)]
         extent = [
@@ -347,7 +340,7 @@ def _tiles(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis], together: int)
             start = [a * gap for a, gap in zip(at, apart, strict=True)]
             piece = lax.dynamic_slice(x, (0, *start, 0), (x.shape[0], *extent, x.shape[-1]))
             taps = lax.dynamic_slice(kernel, (*at, 0), (*body, x.shape[-1]))
-            return list(map(lax.add, sums, body_sums(piece, taps)))
+            return add([{(): y} for y in sums], piece, taps)
 
         zeros = [jnp.zeros(shape, x.dtype)] * together
         sums = lax.fori_loop(0, math.prod(grid), step, zeros)
@@ -364,7 +357,12 @@ def is_kernel_gradient(axes: Sequence[Axis]) -> bool:
     return out <= min(kernel, size) and len(dilated) <= 1 and not both
 
 
-def kernel_gradient(x: jax.Array, g: jax.Array, axes: Sequence[Axis]) -> jax.Array:
+def kernel_gradient(
+    x: jax.Array,
+    g: jax.Array,
+    axes: Sequence[Axis],
+    materialize: Callable[..., Sequence[jax.Array]],
+) -> jax.Array:
     """Returns the sum over all examples of the convolution of `x` with `g` as the kernel.
 
     Args:
@@ -372,6 +370,7 @@ def kernel_gradient(x: jax.Array, g: jax.Array, axes: Sequence[Axis]) -> jax.Arr
       g: `(n, *kernels, c)`: the cotangent, of the dtype of `x`.
       axes: the geometry, `out` being the size of the true kernel. One of `lhs_dilation` and
         `rhs_dilation` is 1 on each axis, the same one on all.
+      materialize: returns its arguments; XLA computes all of them before what uses one of them.
 
     Returns:
       `(*outs, c)`.
@@ -381,15 +380,14 @@ def kernel_gradient(x: jax.Array, g: jax.Array, axes: Sequence[Axis]) -> jax.Arr
     array to reduce.
     """
     if any(axis.lhs_dilation > 1 for axis in axes):
-        y = kernel_gradient(g, x, [axis.swapped() for axis in axes])
+        y = kernel_gradient(g, x, [axis.swapped() for axis in axes], materialize)
         return lax.rev(y, range(y.ndim - 1))
     *outer, last = axes
-    whole = (last.out - 1) * last.stride + (last.kernel - 1) * last.rhs_dilation + 1
     outside = last.kernel - len(_inside_for_all(-last.low, last, last.out, last.size))
     if outside * min(last.out, _ROW_TAPS) > 2 * _ROW_PRODUCTS:
         # Too many to be left out one by one, as with a large dilation: they read zeros.
-        x = _crop(x, [0] * len(outer) + [-last.low], [*x.shape[1:-2], whole])
-        last = dataclasses.replace(last, size=whole, low=0)
+        x = _crop(x, [0] * len(outer) + [-last.low], [*x.shape[1:-2], last.reach])
+        last = dataclasses.replace(last, size=last.reach, low=0)
         axes = [*outer, last]
 
     # One body has the whole last dimension of the kernel, or a piece of it.
@@ -402,7 +400,12 @@ def kernel_gradient(x: jax.Array, g: jax.Array, axes: Sequence[Axis]) -> jax.Arr
     short = rows * taps * last.kernel <= _ROWS * _ROW_PRODUCTS
     if rows <= _ROWS or short and x.size >= _SOME:
         starts = [range(f, n * gap + f, gap) for f, n, gap in zip(first, grid, apart, strict=True)]
-        y = jnp.stack([_row_gradient(x, g, axes, at, taps) for at in itertools.product(*starts)])
+        ys: list[jax.Array] = []
+        for at in itertools.product(*starts):
+            if ys and x.size >= _MUCH:
+                x, g, _ = materialize(x, g, ys[-1])
+            ys.append(_row_gradient(x, g, axes, at, taps))
+        y = jnp.stack(ys)
     else:
         extent = [(axis.kernel - 1) * axis.rhs_dilation + 1 for axis in axes]
         extent[-1] += (taps - 1) * last.stride
@@ -449,7 +452,6 @@ def _row_gradient(
     def total(positions: Sequence[int], blocks: int, step: int) -> jax.Array:
         """Sums `positions`, and those `step` further, so many `blocks`, of rows and examples."""
         counts = [*map(len, rows), blocks]
-        shape = (x.shape[0], *counts, x.shape[-1])
         in_g = [row.start for row in rows]
         in_x = [
             f + row.start * axis.rhs_dilation
@@ -461,11 +463,11 @@ def _row_gradient(
             t: _window(x, [*in_x, t], counts, steps)
             for t in sorted({t for p in positions for t in reads[p].values()})
         }
-        products: list[dict[tuple[int, ...], jax.Array]] = [
+        products: list[Terms] = [
             {(p,): lax.mul(xs[reads[p][b]], gs[p]) for p in positions if b in reads[p]}
             for b in range(taps)
         ]
-        sums = _sum_together(products, shape, x.dtype)
+        sums = _sum_together(products, (x.shape[0], *counts, x.shape[-1]), x.dtype)
         return jnp.stack([y.sum(range(y.ndim - 1)) for y in sums])
 
     inside = _inside_for_all(first[-1], last, taps, x.shape[-2])
@@ -530,27 +532,31 @@ def _crop(x: jax.Array, first: Sequence[int], sizes: Sequence[int]) -> jax.Array
 
 
 def _weights(kernel: jax.Array) -> Callable[[tuple[int, ...]], jax.Array]:
-    """Returns a function of a tap, whose weights have the dimensions of a window, of size 1."""
+    """Returns a function of a tap that returns its weights, `(c,)`."""
     *sizes, c = kernel.shape
     taps = list(itertools.product(*map(range, sizes)))
-    flat = kernel.reshape(len(taps), *[1] * len(sizes), c)
-    return dict(zip(taps, lax.split(flat, [1] * len(taps)), strict=True)).__getitem__
+    return dict(zip(taps, lax.split(kernel.ravel(), [c] * len(taps)), strict=True)).__getitem__
 
 
-def _multiply(window: jax.Array, weights: jax.Array) -> jax.Array:
-    """Returns the product of two arrays, either of which may have dimensions of size 1."""
-    shape = tuple(map(max, window.shape, weights.shape))
-    full = [
-        y if y.shape == shape else lax.broadcast_in_dim(y, shape, range(y.ndim))
-        for y in (window, weights)
-    ]
-    return lax.mul(*full)
+def _multiply(*factors: jax.Array) -> jax.Array:
+    """Multiplies as numpy does, but each broadcast is one operation for XLA to compile, not three.
+
+    That is so without dimensions of size 1.
+    """
+    shape = jnp.broadcast_shapes(*[y.shape for y in factors])
+
+    def full(y: jax.Array) -> jax.Array:
+        if y.shape == shape:
+            return y
+        ones = [d for d, size in enumerate(y.shape) if size == 1]
+        dims = [d + len(shape) - y.ndim for d in range(y.ndim) if d not in ones]
+        return lax.broadcast_in_dim(lax.squeeze(y, ones), shape, dims)
+
+    return lax.mul(*map(full, factors))
 
 
-def _sum_taps(
-    terms: Mapping[tuple[int, ...], jax.Array], shape: tuple[int, ...], dtype: Any
-) -> jax.Array:
-    """Sums {tap: product}: each row of the kernel in order, the rows as a tree.
+def _sum_taps(terms: Terms, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Sums up: each row of the kernel in order, the rows as a tree.
 
     In one chain of 49 additions each waits for the one before. (`lax.add` traces in 0.4 of the
     time that `+` takes, which counts here.)
@@ -566,10 +572,8 @@ def _sum_taps(
     return sums[0]
 
 
-def _sum_together(
-    outputs: Sequence[Mapping[tuple[int, ...], jax.Array]], shape: tuple[int, ...], dtype: Any
-) -> list[jax.Array]:
-    """Sums {tap: product} for each output, all in one loop, which loads once what they share.
+def _sum_together(outputs: Sequence[Terms], shape: tuple[int, ...], dtype: Any) -> list[jax.Array]:
+    """Sums up the terms of each output, all in one loop, which loads once what they share.
 
     XLA:CPU has no fusion with several results but one: a `reduce` of several operands. Here it
     takes the maximum of two copies of each output, which is the output itself. XLA does not see
