@@ -127,15 +127,17 @@ Terms = dict[tuple[int, ...], jax.Array]  # {tap: product}, to be summed up
 
 
 # How much is compiled depends on how much there is to compute: from how many results on, how many
-# taps the regions of an image may have in all, and how many neighbouring outputs one pass of the
-# inner loop computes together. An image with more taps is padded instead. With pads, a 3x3 kernel
-# has 49 taps in regions and a 5x5 one 361, each of which takes 1 to 3 ms to compile. Without
-# regions and tiles, a layer takes 1 to 2 times as long on one small image, which a network hardly
-# shows; without regions, 1 to 4 times on a batch whose padded copy fits into no cache. Tiles of 4
-# instead of 2 would take 0.8 to 0.9 of the time, but a network of 18 layers half a second longer to
-# compile. The images of a network that starts with 224x224 have rows of 7, 14, 28, 56, 112.
+# taps the regions of an image may have in all, and how many products one pass of the inner loop
+# computes, which is neighbouring outputs by taps. An image with more taps is padded instead. With
+# pads, a 3x3 kernel has 49 taps in regions and a 5x5 one 361, each of which takes 1 to 3 ms to
+# compile, as does a product. Without regions and tiles, a layer takes 1 to 2 times as long on one
+# small image, which a network hardly shows; without regions, 1 to 4 times on a batch whose padded
+# copy fits into no cache. Tiles of 4 instead of 2 for a 7x7 kernel would take 0.8 to 0.9 of the
+# time, but the 18 layers of a ConvNeXtTiny half a second longer to compile.
 _SOME = 1 << 17
-_EFFORT = [(0, 30, 1), (_SOME, 150, 2), (1 << 19, 400, 7)]
+_EFFORT = [(0, 30, 1), (_SOME, 150, 100), (1 << 19, 400, 350)]
+# The most outputs together. Networks for images of 224x224 have rows of 7, 14, 28, 56, 112.
+_TILE = 7
 # The taps of one compiled loop body; compile time grows with them. More are a loop over bodies, of
 # so many outputs together.
 _BODY_TAPS, _LOOP_TILE = 64, 3
@@ -176,9 +178,9 @@ def convolve(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis]) -> jax.Array
 def _convolve(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis]) -> jax.Array:
     phases = [axis.phases() for axis in axes]
     results = x.shape[0] * math.prod(axis.out for axis in axes) * x.shape[-1]
-    *_, (most, together) = [effort for least, *effort in _EFFORT if results >= least]
-    taps = [sum(len(run.taps) for _, axis in parts for run in axis.runs()) for parts in phases]
-    regions = math.prod(taps) <= most
+    *_, (most, products) = [effort for least, *effort in _EFFORT if results >= least]
+    lengths = [sum(len(run.taps) for _, axis in parts for run in axis.runs()) for parts in phases]
+    regions = math.prod(lengths) <= most
 
     def build(chosen: tuple[tuple[slice, Axis], ...]) -> jax.Array:
         d = len(chosen)
@@ -190,9 +192,10 @@ def _convolve(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis]) -> jax.Arra
             return _regions(x, part, geometry)
         if not part.size:
             return jnp.zeros((x.shape[0], *[axis.out for axis in geometry], x.shape[-1]), x.dtype)
-        if together > 1 and geometry[-1].out <= _ROW and math.prod(part.shape[:-1]) <= _BODY_TAPS:
+        taps = math.prod(part.shape[:-1])
+        if products > 1 and taps <= _BODY_TAPS and geometry[-1].out <= _ROW:
             return _rows(x, part, geometry)
-        return _tiles(x, part, geometry, together)
+        return _tiles(x, part, geometry, max(min(_TILE, products // taps), 1))
 
     return build(())
 

@@ -254,9 +254,10 @@ ALGORITHMS = {
     "as is": {},
     "regions": {"_EFFORT": [(0, 400, 1)], "_SOME": 0},
     "padded": {"_EFFORT": [(0, 0, 1)]},
-    "short rows": {"_EFFORT": [(0, 0, 3)], "_SOME": 0},
-    "tiles": {"_EFFORT": [(0, 0, 3)], "_ROW": 0},
-    "wide tiles": {"_EFFORT": [(0, 0, 7)], "_ROW": 0},
+    "short rows": {"_EFFORT": [(0, 0, 999)], "_SOME": 0},
+    "tiles": {"_EFFORT": [(0, 0, 999)], "_ROW": 0, "_TILE": 3},
+    "wide tiles": {"_EFFORT": [(0, 0, 999)], "_ROW": 0},
+    "one after the other": {"_EFFORT": [(0, 0, 999)], "_MUCH": 0},
     "loops": {
         "_EFFORT": [(0, 0, 1)],
         "_BODY_TAPS": 5,
@@ -264,7 +265,7 @@ ALGORITHMS = {
         "_ROW_TAPS": 2,
         "_ROW_PRODUCTS": 1,
     },
-    "short sums": {"_EFFORT": [(0, 8, 2)], "_ROWS": 0, "_ROW_POSITIONS": 4},
+    "short sums": {"_EFFORT": [(0, 8, 20)], "_ROWS": 0, "_ROW_POSITIONS": 4},
 }
 # Every sum of products is exact: below 2 / eps.
 LIMITS = {"float32": 3, "bfloat16": 1, "float16": 2, "float64": 9}
