@@ -141,6 +141,9 @@ _TILE = 7
 # The taps of one compiled loop body; compile time grows with them. More are a loop over bodies, of
 # so many outputs together.
 _BODY_TAPS, _LOOP_TILE = 64, 3
+# Fewer outputs than this wait for their own additions, unless the sum of each row is one of its own:
+# with two outputs and a 7x7 kernel, 0.85 of the time.
+_FEW = 4
 # Rows of at most as many outputs are computed as a whole.
 _ROW = 8
 # One pass of the inner loop of a kernel gradient: so many taps of a row of the kernel, so many
@@ -589,7 +592,10 @@ def _sum_together(outputs: Sequence[Terms], shape: tuple[int, ...], dtype: Any) 
     for row in dict.fromkeys(tap[:-1] for terms in outputs for tap in terms):
         sums[0] = _after(sums[0], [y for y in sums[1:] if y is not None])
         for i, terms in enumerate(outputs):
-            for term in [term for tap, term in terms.items() if tap[:-1] == row]:
+            products = [term for tap, term in terms.items() if tap[:-1] == row]
+            if len(outputs) < _FEW and products:
+                products = [functools.reduce(lax.add, products)]
+            for term in products:
                 sums[i] = term if sums[i] is None else lax.add(sums[i], term)
     sums = [jnp.zeros(shape, dtype) if y is None else y for y in sums]
     copies = tuple(lax.broadcast(y, (2,)) for y in sums)
