@@ -141,8 +141,8 @@ _TILE = 7
 # The taps of one compiled loop body; compile time grows with them. More are a loop over bodies, of
 # so many outputs together.
 _BODY_TAPS, _LOOP_TILE = 64, 3
-# Fewer outputs than this wait for their own additions, unless the sum of each row is one of its own:
-# with two outputs and a 7x7 kernel, 0.85 of the time.
+# Fewer outputs than this wait for their own additions unless each row is summed up by itself: two
+# outputs of a 7x7 kernel take 0.8 of the time.
 _FEW = 4
 # Rows of at most as many outputs are computed as a whole.
 _ROW = 8
@@ -234,15 +234,16 @@ def _regions(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis]) -> jax.Array
             parts = [build((*chosen, run)) for run in axes[d].runs()]
             return lax.concatenate(parts, d + 1) if len(parts) > 1 else parts[0]
         counts = [run.count for run in chosen]
+        shape = (x.shape[0], *counts, x.shape[-1])
         terms = {
-            tap: _multiply(_window(x, start, counts, steps), weights(tap))
+            tap: lax.mul(_window(x, start, counts, steps), weights(tap, shape))
             for tap, start in zip(
                 itertools.product(*[run.taps for run in chosen]),
                 itertools.product(*[run.taps.values() for run in chosen]),
                 strict=True,
             )
         }
-        return _sum_taps(terms, (x.shape[0], *counts, x.shape[-1]), x.dtype)
+        return _sum_taps(terms, shape, x.dtype)
 
     return build(())
 
@@ -329,7 +330,7 @@ def _tiles(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis], together: int)
                 start = [a * gap for a, gap in zip(tap, apart, strict=True)]
                 start[-1] += i * steps[-1]
                 window = _window(x, start, blocks, [*steps[:-1], steps[-1] * together])
-                terms[tap] = _multiply(window, weights(tap))
+                terms[tap] = lax.mul(window, weights(tap, shape))
         return _sum_together(outputs, shape, x.dtype)
 
     if not looped:
@@ -537,11 +538,20 @@ def _crop(x: jax.Array, first: Sequence[int], sizes: Sequence[int]) -> jax.Array
     return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
 
 
-def _weights(kernel: jax.Array) -> Callable[[tuple[int, ...]], jax.Array]:
-    """Returns a function of a tap that returns its weights, `(c,)`."""
+def _weights(kernel: jax.Array) -> Callable[[tuple[int, ...], Sequence[int]], jax.Array]:
+    """Returns a function of a tap and a shape, in which it repeats the weights of the tap."""
     *sizes, c = kernel.shape
     taps = list(itertools.product(*map(range, sizes)))
-    return dict(zip(taps, lax.split(kernel.ravel(), [c] * len(taps)), strict=True)).__getitem__
+    # Not flat: the channels may be sharded.
+    rows = lax.split(kernel.reshape(len(taps), c), [1] * len(taps))
+    at = dict(zip(taps, rows, strict=True))
+
+    def weights(tap: tuple[int, ...], shape: Sequence[int]) -> jax.Array:
+        if shape[0] == 1:  # one operation for XLA to compile instead of two
+            return lax.broadcast_in_dim(at[tap], shape, (0, len(shape) - 1))
+        return lax.broadcast_in_dim(lax.squeeze(at[tap], [0]), shape, (len(shape) - 1,))
+
+    return weights
 
 
 def _multiply(*factors: jax.Array) -> jax.Array:
@@ -588,30 +598,34 @@ def _sum_together(outputs: Sequence[Terms], shape: tuple[int, ...], dtype: Any) 
     """
     if len(outputs) == 1:
         return [_sum_taps(outputs[0], shape, dtype)]
-    sums: list[Any] = [None] * len(outputs)
-    for row in dict.fromkeys(tap[:-1] for terms in outputs for tap in terms):
-        sums[0] = _after(sums[0], [y for y in sums[1:] if y is not None])
-        for i, terms in enumerate(outputs):
-            products = [term for tap, term in terms.items() if tap[:-1] == row]
-            if len(outputs) < _FEW and products:
-                products = [functools.reduce(lax.add, products)]
-            for term in products:
-                sums[i] = term if sums[i] is None else lax.add(sums[i], term)
-    sums = [jnp.zeros(shape, dtype) if y is None else y for y in sums]
+    if len(outputs) < _FEW:
+        sums = [_sum_taps(terms, shape, dtype) for terms in outputs]
+    else:
+        sums = _sum_row_by_row(outputs, shape, dtype)
     copies = tuple(lax.broadcast(y, (2,)) for y in sums)
     least = tuple(jnp.full((), -jnp.inf, dtype) for y in sums)
     return list(lax.reduce(copies, least, lambda a, b: tuple(map(lax.max, a, b)), (0,)))
 
 
-def _after(y: Any, others: Sequence[jax.Array]) -> Any:
-    """Returns `y`, and has XLA compute the others before what uses it.
+def _sum_row_by_row(
+    outputs: Sequence[Terms], shape: tuple[int, ...], dtype: Any
+) -> list[jax.Array]:
+    """Sums up the terms of each output so that all of them grow together.
 
     XLA emits code in the order in which it meets operations on the way back from the result, one
     output after the other, and LLVM keeps to that order by and large. All that outputs share would
-    have to stay in registers until the last one. This makes them grow together, row by row, which
-    takes 0.4 to 0.7 of the time. The condition always holds: LLVM knows, XLA does not.
+    have to stay in registers until the last one. Here the first output waits, after each row of the
+    kernel, for the others: 0.4 to 0.7 of the time. It waits for them as a condition that always
+    holds, which LLVM knows and XLA does not.
     """
-    if y is None or not others:
-        return y
-    total = functools.reduce(lax.add, others)
-    return lax.select(lax.bitwise_or(lax.eq(total, total), lax.ne(total, total)), y, total)
+    sums: list[Any] = [None] * len(outputs)
+    for row in dict.fromkeys(tap[:-1] for terms in outputs for tap in terms):
+        others = [y for y in sums[1:] if y is not None]
+        if sums[0] is not None and others:
+            y = functools.reduce(lax.add, others)
+            holds = lax.bitwise_or(lax.eq(y, y), lax.ne(y, y))
+            sums[0] = lax.select(holds, sums[0], y)
+        for i, terms in enumerate(outputs):
+            for term in [term for tap, term in terms.items() if tap[:-1] == row]:
+                sums[i] = term if sums[i] is None else lax.add(sums[i], term)
+    return [jnp.zeros(shape, dtype) if y is None else y for y in sums]
