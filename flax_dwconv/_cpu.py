@@ -177,7 +177,7 @@ def _plan(lhs: Any, rhs: Any, out: Any, **params: Any) -> Callable[..., jax.Arra
         order = [(0,), (y.ndim - 1, 1), *[(i,) for i in range(2, y.ndim - 1)]]
         at = sorted(range(len(order)), key=out_spec.__getitem__)
         y = lax.transpose(y, [d for i in at for d in order[i]])
-        return _computed_once(y.reshape(out.shape)).astype(out.dtype)
+        return _taps.computed_once(y.reshape(out.shape)).astype(out.dtype)
 
     return jax.jit(compute)
 
@@ -233,21 +233,6 @@ def _called(jitted: Callable[..., Any], *arrays: jax.Array) -> Any:
     """
     with set_xla_metadata(inlineable="false"):
         return jitted(*arrays)
-
-
-def _computed_once(y: jax.Array) -> jax.Array:
-    """Keeps XLA from computing `y` anew for each of its readers; a single one may have it fused.
-
-    With a batch normalization, XLA put one convolution into 8 fusions. It copies no expression that
-    ends in an operation which it counts as expensive, like a division. This one divides by 1 and
-    costs nothing, since LLVM knows that it is 1 and XLA does not. It would not fuse a concatenation
-    with several readers, hence `reduce_precision`, which does nothing either. XLA's cost analysis
-    counts all that, as 6 operations for each result. As a call, which nothing is fused with, a
-    layer takes 1.3 times as long.
-    """
-    info = jnp.finfo(y.dtype)
-    y = lax.reduce_precision(y, info.nexp, info.nmant)
-    return lax.div(y, lax.convert_element_type(_taps.always(y), y.dtype))
 
 
 def _register() -> None:

@@ -62,6 +62,7 @@ def much_effort(monkeypatch):
 
     monkeypatch.setattr(_taps, "_EFFORT", [(0, *_taps._EFFORT[-1][1:])])
     monkeypatch.setattr(_taps, "_SOME", 0)
+    monkeypatch.setattr(_taps, "_MANY", 0)
     _cpu._plan.cache_clear()
     yield
     _cpu._plan.cache_clear()

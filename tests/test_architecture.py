@@ -24,7 +24,7 @@ ALLOWED = {
     "functional": {"_cpu", "_geometry"},
     "_vocabulary": set(),
     "initializers": {"_vocabulary"},
-    "activations": {"_vocabulary"},
+    "activations": {"_taps", "_vocabulary"},
     "regularizers": {"_vocabulary"},
     "constraints": {"_vocabulary", "optax", "flax"},
     "_layer": BELOW_THE_LAYER | {"_vocabulary", "flax"},

@@ -257,15 +257,16 @@ ALGORITHMS = {
     "short rows": {"_EFFORT": [(0, 0, 999)], "_SOME": 0},
     "tiles": {"_EFFORT": [(0, 0, 999)], "_ROW": 0, "_TILE": 3},
     "wide tiles": {"_EFFORT": [(0, 0, 999)], "_ROW": 0},
-    "one after the other": {"_EFFORT": [(0, 0, 999)], "_MUCH": 0},
+    "all taps": {"_SOME": 0, "_POSITIONS": 4, "_POSITIONS_TOGETHER": 1},
+    "one after the other": {"_EFFORT": [(0, 0, 999)], "_MANY": 0, "_MUCH": 0},
     "loops": {
         "_EFFORT": [(0, 0, 1)],
         "_BODY_TAPS": 5,
-        "_ROWS": 0,
+        "_FEW_ROWS": 0,
         "_ROW_TAPS": 2,
         "_ROW_PRODUCTS": 1,
     },
-    "short sums": {"_EFFORT": [(0, 8, 20)], "_ROWS": 0, "_ROW_POSITIONS": 4},
+    "short sums": {"_EFFORT": [(0, 8, 20)], "_FEW_ROWS": 0, "_POSITIONS": 4},
 }
 # Every sum of products is exact: below 2 / eps.
 LIMITS = {"float32": 3, "bfloat16": 1, "float16": 2, "float64": 9}

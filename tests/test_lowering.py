@@ -4,6 +4,7 @@ Operands are small integers in floating point, so that every order of summation 
 """
 
 import functools
+import re
 import threading
 
 import jax
@@ -13,7 +14,7 @@ import pytest
 from jax import lax
 
 import flax_dwconv
-from flax_dwconv import _taps, depthwise_conv2d
+from flax_dwconv import _taps, activations, depthwise_conv2d
 
 # kernel size, strides, padding, dilation rate, multiplier, channels_first, image size
 CASES = {
@@ -305,6 +306,24 @@ def test_an_activation_is_part_of_the_loop():
     (loop,) = (loop for loop in computations(lambda x, k: jnp.exp(f(x, k)), x, kernel)
                if " exponential(" in loop)  # fmt: skip
     assert " slice(" in loop
+
+
+@pytest.mark.parametrize("name", ["relu", "relu6"])
+def test_a_rectifier_is_part_of_the_loop_in_a_train_step_too(name):
+    """Its gradient reads its result; `jax.nn`'s reads the argument, which becomes an array."""
+    x, kernel = operands("3x3")
+    f = convolution("3x3", "auto")
+
+    def step(activation, x, k):
+        y, vjp = jax.vjp(lambda x, k: activation(f(x, k)), x, k)
+        return y, vjp(y)
+
+    for activation in (activations.get(name), getattr(jax.nn, name)):
+        step_ = functools.partial(step, activation)
+        rectify = [loop for loop in computations(step_, x, kernel)
+                   if re.search(r"\[2,9,8,3\]\S* (maximum|clamp)\(", loop)]  # fmt: skip
+        in_loop = len(rectify) == 1 and " slice(" in rectify[0]
+        assert in_loop == (activation is not getattr(jax.nn, name)), rectify
 
 
 def test_results_that_are_read_again_are_computed_once():

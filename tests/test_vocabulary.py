@@ -784,6 +784,25 @@ def test_activations_under_jit_and_vmap(f):
     np.testing.assert_allclose(jax.jit(jax.vmap(f))(x), expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("name", ["relu", "relu6"])
+def test_rectifiers_have_the_derivatives_of_jax(name, dtype, x64):
+    """Bit for bit, at their corners too, though they take them at the result."""
+    tiny = jnp.finfo(dtype).tiny
+    corners = [0.0, -0.0, tiny, -tiny, 6.0, jnp.nextafter(jnp.asarray(6, dtype), 7), jnp.inf]
+    x = jnp.asarray([*corners, -jnp.inf, jnp.nan, -3.0, 2.0, 5.0, 9.0], dtype)
+    for derive in (lambda f: f, jax.grad, lambda f: jax.grad(jax.grad(f)), jax.jacfwd,
+                   lambda f: lambda x: jax.grad(lambda x: f(x) ** 2)(x)):  # fmt: skip
+        ours, theirs = (jax.jit(jax.vmap(derive(f)))(x)
+                        for f in (activations.get(name), getattr(jax.nn, name)))  # fmt: skip
+        assert ours.dtype == theirs.dtype == dtype
+        np.testing.assert_array_equal(ours.astype("float64"), theirs.astype("float64"))
+
+
+def test_relu_of_integers():
+    np.testing.assert_array_equal(activations.get("relu")(jnp.arange(-1, 2)), [0, 0, 1])
+
+
 def test_sparsemax_is_the_projection_and_has_its_jacobian():
     z = jnp.array([3.0, 2.9, 2.9, 0.0, -jnp.inf])
     y = activations.get("sparsemax")(z)
