@@ -153,8 +153,8 @@ _ALL_TAPS, _POSITIONS = 9, 28
 _ROW_TAPS, _ROW_PRODUCTS = 8, 150
 # All taps grow together, by so many positions at a time.
 _POSITIONS_TOGETHER = 4
-# The rows of a kernel whose gradients are compiled one by one; more are a loop, which needs a padded
-# copy of the image, unless there is much to sum and either so many rows or short ones.
+# The rows of a kernel whose gradients are compiled one by one; more are a loop, which needs a
+# padded copy of the image, unless there is much to sum and either so many rows or short ones.
 _FEW_ROWS, _ROWS = 3, 5
 # From so many elements of the image on, they are compiled to run one after the other: XLA would
 # keep the partial sums of all rows, and the C library maps memory of more than 32 MB anew for each
@@ -184,10 +184,23 @@ def convolve(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis]) -> jax.Array
 
 def _convolve(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis]) -> jax.Array:
     phases = [axis.phases() for axis in axes]
-    results = x.shape[0] * math.prod(axis.out for axis in axes) * x.shape[-1]
+    several = any(len(parts) > 1 for parts in phases)
+    # With the regions of several phases of a 5x5 kernel, LLVM does not vectorise.
+    results = 0 if several else x.shape[0] * math.prod(axis.out for axis in axes) * x.shape[-1]
     *_, (most, products) = [effort for least, *effort in _EFFORT if results >= least]
     lengths = [sum(len(run.taps) for _, axis in parts for run in axis.runs()) for parts in phases]
     regions = math.prod(lengths) <= most
+    if several and not regions:
+        # All phases read the same padded image.
+        first = [min(-axis.low for _, axis in parts) for parts in phases]
+        stop = [max(axis.reach - axis.low for _, axis in parts) for parts in phases]
+        sizes = [hi - lo for lo, hi in zip(first, stop, strict=True)]
+        x = _crop(x, first, sizes)
+        for parts, lo, size in zip(phases, first, sizes, strict=True):
+            parts[:] = [
+                (taps, dataclasses.replace(axis, size=size, low=axis.low + lo))
+                for taps, axis in parts
+            ]
 
     def build(chosen: tuple[tuple[slice, Axis], ...]) -> jax.Array:
         d = len(chosen)
@@ -426,8 +439,11 @@ def kernel_gradient(
         extent[-1] += (taps[-1] - 1) * last.stride
         reach = [(n - 1) * gap + e for n, gap, e in zip(grid, apart, extent, strict=True)]
         left = 0
-        if grid[-1] == 1:  # every row reads the whole width of the image, which needs no pads
+        if grid[-1] == 1 and last.kernel <= positions:
+            # Each row reads the whole width of the image at once, which needs no pads.
             left, first[-1], extent[-1], reach[-1] = first[-1], 0, last.size, last.size
+        else:
+            positions = _POSITIONS
         x = _crop(x, first, reach)
         inner = [dataclasses.replace(axis, size=e) for axis, e in zip(axes, extent, strict=True)]
 
