@@ -499,7 +499,7 @@ def _gradients(
         for at, n, axis in zip(first, taps, axes, strict=True)
     ]
 
-    def split(d: int, most: int) -> list[tuple[Sequence[int], int]]:
+    def split(d: int, most: int) -> list[tuple[list[int], int]]:
         """Returns the first block of each kind along a dimension, and how many there are."""
         some = [p for p, inside in reads[d].items() if inside]
         if d == len(axes) - 1:
@@ -517,9 +517,9 @@ def _gradients(
             return [(some, 1)]
         every = every[: blocks * width]
         others = [p for p in some if p not in every]
-        return [(every[:width], blocks)] + [(others, 1)] * bool(others)
+        return [(list(every[:width]), blocks)] + [(others, 1)] * bool(others)
 
-    def build(chosen: tuple[tuple[Sequence[int], int], ...], most: int) -> list[jax.Array]:
+    def build(chosen: tuple[tuple[list[int], int], ...], most: int) -> list[jax.Array]:
         d = len(chosen)
         if d < len(axes):
             parts = split(d, most)

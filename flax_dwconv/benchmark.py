@@ -681,7 +681,7 @@ def plan(args: argparse.Namespace, peers, networks, backends: list[str]) -> list
 # Arithmetic: what sums up a run is made of quotients of two columns of a table
 
 PEER, BACKEND = "best peer", "best backend"  # columns that are made of others
-DOUBLED, LIMIT, SECOND = "doubled batch", "limit", "1 s"
+DOUBLED, LIMIT, DOUBLED_LIMIT, SECOND = "doubled batch", "limit", "doubled limit", "1 s"
 
 
 def quotients(table: Table, labels, modes, over: str, under: str) -> dict[tuple[str, str], float]:
@@ -729,15 +729,17 @@ class Summary:
     def __init__(self, results: Results, layers: Sequence[Case], peers, networks=()):
         self.results, self.layers, self.peers, self.networks = results, layers, peers, networks
         self.labels = [case.label for case in layers]
+        self.batches = [case.label for case in layers if case.n > 1]
         self.large = [case.label for case in layers if case.moved("forward") > 1e6]
         self.rounds = [self._complete(dict(table)) for table in results.rounds.values()]
         keys = dict.fromkeys(key for table in self.rounds for key in table)
         self.best = {key: min(t[key] for t in self.rounds if key in t) for key in keys}
         self.machine = read_machine(self.best)
         for case, mode in itertools.product(layers if self.machine else (), LAYER_MODES):
-            limit = roofline(self.machine, case.moved(mode), case.operations(mode))
-            for table in (self.best, *self.rounds):
-                table[case.label, mode, LIMIT] = limit
+            for column, subject in {LIMIT: case, DOUBLED_LIMIT: case.doubled}.items():
+                limit = roofline(self.machine, subject.moved(mode), subject.operations(mode))
+                for table in (self.best, *self.rounds):
+                    table[case.label, mode, column] = limit
         for (label, mode, worker, _), first in results.first.items():
             key = label.removesuffix(AGAIN), mode, f"{worker} compile"
             seconds = max(0.0, first - self.best[label, mode, worker])
@@ -869,6 +871,7 @@ def _layer_lines(summary: Summary) -> Iterator[str]:
         *((f"speed-up over {peer}", layers, peer, OURS, "x", mean, min) for peer in peers),
         ("our time / the machine's limit above 1 MB", summary.large, OURS, LIMIT, "x", mean, max),
         ("time when the batch doubles", layers, DOUBLED, OURS, "x", mean, max),
+        ("the machine's limit when it does", summary.batches, DOUBLED_LIMIT, LIMIT, "x", mean, max),
     ]
     for name in (OURS, *(peer for peer in ("linen", "haiku") if peer in peers)):
         columns = layers, f"{name} compile", SECOND

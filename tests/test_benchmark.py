@@ -231,6 +231,10 @@ def test_summary():
     assert mean(["big/2"], ["train"], OURS, LIMIT) == pytest.approx(6 / limits[1])
     expected = math.sqrt(4 / limits[0] * 6 / limits[1])
     assert mean(["big/2"], both, OURS, LIMIT) == pytest.approx(expected)
+    # Twice the images, the same kernel and bias: 4 bytes for each of 10 * 64 numbers.
+    moved = BIG.moved("forward")
+    columns = benchmark.DOUBLED_LIMIT, LIMIT
+    assert mean(["big/2"], ["forward"], *columns) == pytest.approx((2 * moved - 2560) / moved)
 
 
 @pytest.mark.parametrize(
@@ -280,6 +284,7 @@ def test_summary_of_the_layers_in_words():
         assert line in text.splitlines()
     assert "GB/s at 1 MiB" in text
     assert "our time / the machine's limit above 1 MB, geometric mean: " in text
+    assert "the machine's limit when it does, geometric mean: 2.00x" in text
     assert "train, time when the batch doubles" not in text  # it was not measured
 
 
