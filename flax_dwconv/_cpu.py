@@ -190,7 +190,7 @@ _DTYPES = {"float16", "bfloat16", "float32", "float64"}
 
 def _sum_examples(x: jax.Array, g: jax.Array, axes: Sequence[_taps.Axis]) -> jax.Array:
     """The kernel gradient of every pair of `n` and `m`, one of which is 1."""
-    gradient = functools.partial(_taps.kernel_gradient, axes=axes, materialize=_materialize)
+    gradient = functools.partial(_taps.kernel_gradient, axes=axes)
     if x.shape[0] == g.shape[0] == 1:
         return gradient(x[0], g[0])[None, None]
     return jax.vmap(jax.vmap(gradient, (None, 0)), (0, None))(x, g)

@@ -156,10 +156,6 @@ _POSITIONS_TOGETHER = 4
 # The rows of a kernel whose gradients are compiled one by one; more are a loop, which needs a
 # padded copy of the image, unless there is much to sum and either so many rows or short ones.
 _FEW_ROWS, _ROWS = 3, 5
-# From so many elements of the image on, they are compiled to run one after the other: XLA would
-# keep the partial sums of all rows, and the C library maps memory of more than 32 MB anew for each
-# call. 64 images of 7x7x768, 7x7: a train step takes half the time.
-_MUCH = 1 << 21
 
 
 def convolve(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis]) -> jax.Array:
@@ -331,11 +327,10 @@ def _tiles(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis], together: int)
         body = [1] * (spatial - 1) + [-(-sizes[-1] // pieces)]
         kernel = _pad_end(kernel, spatial - 1, body[-1] * pieces - sizes[-1])
         sizes[-1] = body[-1] * pieces
+    rounded = [*counts, blocks[-1] * together]
     reach = [
-        (size - 1) * gap + (count - 1) * step + 1
-        for size, gap, count, step in zip(
-            sizes, apart, [*counts, blocks[-1] * together], steps, strict=True
-        )
+        dataclasses.replace(axis, kernel=size, out=count).reach
+        for axis, size, count in zip(axes, sizes, rounded, strict=True)
     ]
     x = _crop(x, [-axis.low for axis in axes], reach)
     shape = (x.shape[0], *blocks, x.shape[-1])
@@ -381,12 +376,7 @@ def is_kernel_gradient(axes: Sequence[Axis]) -> bool:
     return out <= min(kernel, size) and len(dilated) <= 1 and not both
 
 
-def kernel_gradient(
-    x: jax.Array,
-    g: jax.Array,
-    axes: Sequence[Axis],
-    materialize: Callable[..., Sequence[jax.Array]],
-) -> jax.Array:
+def kernel_gradient(x: jax.Array, g: jax.Array, axes: Sequence[Axis]) -> jax.Array:
     """Returns the sum over all examples of the convolution of `x` with `g` as the kernel.
 
     Args:
@@ -394,17 +384,16 @@ def kernel_gradient(
       g: `(n, *kernels, c)`: the cotangent, of the dtype of `x`.
       axes: the geometry, `out` being the size of the true kernel. One of `lhs_dilation` and
         `rhs_dilation` is 1 on each axis, the same one on all.
-      materialize: returns its arguments; XLA computes all of them before what uses one of them.
 
     Returns:
       `(*outs, c)`.
 
     A sum over all positions for each channel does not vectorise. So neighbouring positions are
-    summed up first, for all taps of a row of the kernel in one pass, which leaves a fraction of the
-    array to reduce.
+    summed up first, for all taps of the kernel or of a row of it in one pass, which leaves a
+    fraction of the array to reduce.
     """
     if any(axis.lhs_dilation > 1 for axis in axes):
-        y = kernel_gradient(g, x, [axis.swapped() for axis in axes], materialize)
+        y = kernel_gradient(g, x, [axis.swapped() for axis in axes])
         return lax.rev(y, range(y.ndim - 1))
     *outer, last = axes
     if _outside(last) * min(last.out, _ROW_TAPS) > 2 * _ROW_PRODUCTS:
@@ -428,15 +417,13 @@ def kernel_gradient(
     short = bodies * taps[-1] * last.kernel <= _ROWS * _ROW_PRODUCTS
     if bodies <= _FEW_ROWS or x.size >= _MANY and (bodies <= _ROWS or short):
         starts = [range(f, n * gap + f, gap) for f, n, gap in zip(first, grid, apart, strict=True)]
-        ys: list[jax.Array] = []
-        for at in itertools.product(*starts):
-            if ys and x.size >= _MUCH:
-                x, g, _ = materialize(x, g, ys[-1])
-            ys.append(_gradients(functools.partial(_window, x), g, axes, at, taps, positions))
-        y = jnp.stack(ys)
+        window = functools.partial(_window, x)
+        corners = itertools.product(*starts)
+        y = jnp.stack([_gradients(window, g, axes, at, taps, positions) for at in corners])
     else:
-        extent = [(axis.kernel - 1) * axis.rhs_dilation + 1 for axis in axes]
-        extent[-1] += (taps[-1] - 1) * last.stride
+        extent = [
+            dataclasses.replace(axis, out=n).reach for axis, n in zip(axes, taps, strict=True)
+        ]
         reach = [(n - 1) * gap + e for n, gap, e in zip(grid, apart, extent, strict=True)]
         left = 0
         if grid[-1] == 1 and last.kernel <= positions:

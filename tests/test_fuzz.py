@@ -258,7 +258,7 @@ ALGORITHMS = {
     "tiles": {"_EFFORT": [(0, 0, 999)], "_ROW": 0, "_TILE": 3},
     "wide tiles": {"_EFFORT": [(0, 0, 999)], "_ROW": 0},
     "all taps": {"_SOME": 0, "_POSITIONS": 4, "_POSITIONS_TOGETHER": 1},
-    "one after the other": {"_EFFORT": [(0, 0, 999)], "_MANY": 0, "_MUCH": 0},
+    "rows unrolled": {"_EFFORT": [(0, 0, 999)], "_MANY": 0},
     "loops": {
         "_EFFORT": [(0, 0, 1)],
         "_BODY_TAPS": 5,
