@@ -1,8 +1,9 @@
 """What a Keras activation identifier means: a function of an array, usually elementwise.
 
-Most are functions of `jax.nn`. Here are those that `jax.nn` lacks or means otherwise, and Keras's
-activation layers that have arguments, as callable objects. Where Keras 2 and 3 differ, Keras 2's
-meaning is taken (`hard_sigmoid`). softmax, log_softmax, sparsemax and glu act along the last axis.
+Most are functions of `jax.nn`. Here are those that `jax.nn` lacks or means otherwise, rectifiers
+with a cheaper derivative, and Keras's activation layers that have arguments, as callable objects.
+Where Keras 2 and 3 differ, Keras 2's meaning is taken (`hard_sigmoid`). softmax, log_softmax,
+sparsemax and glu act along the last axis.
 """
 
 import dataclasses
