@@ -145,10 +145,10 @@ _BODY_TAPS, _LOOP_TILE = 64, 3
 _FEW = 4
 # Rows of at most as many outputs are computed as a whole.
 _ROW = 8
-# One pass of the inner loop of a kernel gradient: all of at most so many taps, for so many positions
-# of the cotangent, if the image has _SOME elements; else at most so many taps of one row of the
-# kernel and so many products, which is what compile time grows with. All taps at once read image
-# and cotangent once: 8 images of 56x56x144, 3x3, take 0.65 of the time.
+# One pass of the inner loop of a kernel gradient: all of at most so many taps, for so many
+# positions of the cotangent, if the image has _SOME elements; else at most so many taps of one row
+# of the kernel and so many products, which is what compile time grows with. All taps at once read
+# image and cotangent once: 8 images of 56x56x144, 3x3, take 0.65 of the time.
 _ALL_TAPS, _POSITIONS = 9, 28
 _ROW_TAPS, _ROW_PRODUCTS = 8, 150
 # All taps grow together, by so many positions at a time.
