@@ -122,7 +122,9 @@ class Run:
     taps: dict[int, int]
 
 
-Terms = dict[tuple[int, ...], jax.Array]  # {tap: product}, to be summed up
+# What is to be summed up: {tap: product}, or of a kernel gradient {(group, position): product}. A
+# "row" is the terms of a key but its last number: a row of the kernel, or a group.
+Terms = dict[tuple[int, ...], jax.Array]
 
 
 # How much is compiled depends on how much there is to compute: from how many results on, how many
@@ -151,7 +153,7 @@ _ROW = 8
 # image and cotangent once: 8 images of 56x56x144, 3x3, take 0.65 of the time.
 _ALL_TAPS, _POSITIONS = 9, 28
 _ROW_TAPS, _ROW_PRODUCTS = 8, 150
-# All taps grow together, by so many positions at a time.
+# The sums of all taps grow together, by so many positions at a time.
 _POSITIONS_TOGETHER = 4
 # The rows of a kernel whose gradients are compiled one by one; more are a loop, which needs a
 # padded copy of the image, unless there is much to sum and either so many rows or short ones.
@@ -622,7 +624,7 @@ def _multiply(*factors: jax.Array) -> jax.Array:
 
 
 def _sum_taps(terms: Terms, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Sums up: each row of the kernel in order, the rows as a tree.
+    """Sums up: each row in order, the rows as a tree.
 
     In one chain of 49 additions each waits for the one before. (`lax.add` traces in 0.4 of the
     time that `+` takes, which counts here.)
@@ -664,8 +666,8 @@ def _sum_row_by_row(
 
     XLA emits code in the order in which it meets operations on the way back from the result, one
     output after the other, and LLVM keeps to that order by and large. All that outputs share would
-    have to stay in registers until the last one. Here the first output waits, after each row of the
-    kernel, for the others: 7 outputs take 0.5 to 0.8 of the time. It waits for them as a condition.
+    have to stay in registers until the last one. Here the first output waits, after each row, for
+    the others: 7 outputs take 0.5 to 0.8 of the time. It waits for them as a condition.
     """
     sums: list[Any] = [None] * len(outputs)
     for row in dict.fromkeys(tap[:-1] for terms in outputs for tap in terms):
