@@ -81,6 +81,20 @@ class Axis:
             for lo, hi in itertools.pairwise(sorted({0, self.out} | ends))
         ]
 
+    def reads(self) -> dict[int, tuple[int, "Run"]]:
+        """Returns for each tap of a phase the outputs for which it reads inside the input.
+
+        Returns:
+          {tap: (the first of the outputs, their run)}, of taps that do so for any.
+        """
+        found = {}
+        for a in range(self.kernel):
+            t = a * self.rhs_dilation - self.low
+            if inside := _inside(t, self.stride, self.out, self.size):
+                start = t + inside.start * self.stride
+                found[a] = inside.start, Run(len(inside), {a: start})
+        return found
+
     @property
     def reach(self) -> int:
         """Input positions of a phase from the first to the last that is read, pads included."""
@@ -127,16 +141,21 @@ class Run:
 Terms = dict[tuple[int, ...], jax.Array]
 
 
-# How much is compiled depends on how much there is to compute: from how many results on, how many
-# taps the regions of an image may have in all, and how many products one pass of the inner loop
-# computes, which is neighbouring outputs by taps. An image with more taps is padded instead. With
-# pads, a 3x3 kernel has 49 taps in regions and a 5x5 one 361, each of which takes 1 to 3 ms to
-# compile, as does a product. Without regions and tiles, a layer takes 1 to 2 times as long on one
-# small image, which a network hardly shows; without regions, 1 to 4 times on a batch whose padded
-# copy fits into no cache. Tiles of 4 instead of 2 for a 7x7 kernel would take 0.8 to 0.9 of the
-# time, but the 18 layers of a ConvNeXtTiny half a second longer to compile.
+# How much is compiled depends on how much there is to compute: from how many elements on, of the
+# image or of the results, how many taps the regions of an image may have in all, how many of them
+# may be padded because they read outside for some outputs, and how many products one pass of the
+# inner loop computes, which is neighbouring outputs by taps. An image with more taps is padded
+# instead. With pads, a 3x3 kernel has 49 taps in regions and a 5x5 one 361, each of which takes 1
+# to 3 ms to compile, as does a product; with padded taps, a 3x3 kernel has 21 along one dimension
+# and 9 along both, which then take 1.4 times as long on a large image. Without regions and tiles, a
+# layer takes 1 to 2 times as long on one small image, which a network hardly shows; without
+# regions, 1 to 4 times on a batch whose padded copy fits into no cache. Tiles of 4 instead of 2 for
+# a 7x7 kernel would take 0.8 to 0.9 of the time, but the 18 layers of a ConvNeXtTiny half a second
+# longer to compile.
 _SOME, _MANY = 1 << 17, 1 << 19
-_EFFORT = [(0, 30, 1), (_SOME, 150, 100), (_MANY, 400, 350)]
+_EFFORT = [(0, 30, 4, 1), (_SOME, 150, 2, 100), (_MANY, 400, 2, 350)]
+# The most padded taps of one dimension. With four, of a 5x5 kernel, LLVM does not vectorise.
+_PADDED = 2
 # The most outputs together. Networks for images of 224x224 have rows of 7, 14, 28, 56, 112.
 _TILE = 7
 # The taps of one compiled loop body; compile time grows with them. More are a loop over bodies, of
@@ -185,9 +204,17 @@ def _convolve(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis]) -> jax.Arra
     several = any(len(parts) > 1 for parts in phases)
     # With the regions of several phases of a 5x5 kernel, LLVM does not vectorise; tiles take 1.4
     # times as long as single outputs.
-    results = 0 if several else x.shape[0] * math.prod(axis.out for axis in axes) * x.shape[-1]
-    *_, (most, products) = [effort for least, *effort in _EFFORT if results >= least]
-    lengths = [sum(len(run.taps) for _, axis in parts for run in axis.runs()) for parts in phases]
+    results = x.shape[0] * math.prod(axis.out for axis in axes) * x.shape[-1]
+    elements = 0 if several else max(x.size, results)
+    *_, (most, pads, products) = [effort for least, *effort in _EFFORT if elements >= least]
+    padded: list[bool] = []
+    lengths = []
+    for parts in reversed(phases):
+        partial = [run.count < axis.out for _, axis in parts for _, run in axis.reads().values()]
+        padded.insert(0, sum(partial) <= min(pads, _PADDED))
+        pads -= sum(partial) * padded[0]
+        runs = [run.taps for _, axis in parts for run in axis.runs()]
+        lengths.append(len(partial) if padded[0] else sum(map(len, runs)))
     regions = math.prod(lengths) <= most
     if several and not regions:
         # All phases read the same padded image.
@@ -208,7 +235,7 @@ def _convolve(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis]) -> jax.Arra
         slices, geometry = zip(*chosen, strict=True)
         part = kernel[slices]
         if regions:
-            return _regions(x, part, geometry)
+            return _regions(x, part, geometry, padded)
         if not part.size:
             return jnp.zeros((x.shape[0], *[axis.out for axis in geometry], x.shape[-1]), x.dtype)
         taps = math.prod(part.shape[:-1])
@@ -224,44 +251,55 @@ def _alternate(parts: Sequence[jax.Array], dim: int, size: int) -> jax.Array:
     if len(parts) == 1:
         return parts[0]
     longest = parts[0].shape[dim]
-    parts = [_pad_end(part, dim, longest - part.shape[dim]) for part in parts]
+    parts = [_pad(part, dim, 0, longest - part.shape[dim]) for part in parts]
     shape = list(parts[0].shape)
     shape[dim] *= len(parts)
     return lax.slice_in_dim(jnp.stack(parts, dim + 1).reshape(shape), 0, size, axis=dim)
 
 
-def _pad_end(x: jax.Array, dim: int, zeros: int) -> jax.Array:
-    if not zeros:
+def _pad(x: jax.Array, dim: int, before: int, after: int) -> jax.Array:
+    if not before and not after:
         return x
-    return lax.pad(x, jnp.zeros((), x.dtype), [(0, zeros * (d == dim), 0) for d in range(x.ndim)])
+    pads = [(before, after, 0) if d == dim else (0, 0, 0) for d in range(x.ndim)]
+    return lax.pad(x, jnp.zeros((), x.dtype), pads)
 
 
-def _regions(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis]) -> jax.Array:
+def _regions(
+    x: jax.Array, kernel: jax.Array, axes: Sequence[Axis], padded: Sequence[bool]
+) -> jax.Array:
     """One phase as regions, each the sum of those taps that read inside the image.
 
     No padded copy of the image is made: with 3x3 kernels 1.4 to 2.5 times faster than with one.
+    Along the `padded` dimensions there are no regions; what the taps sum up to there is padded if
+    some outputs read outside. LLVM makes a loop for each case, as for regions, from fewer taps.
     """
     weights = _weights(kernel)
     steps = [axis.stride for axis in axes]
+    dims = [d for d, pad in enumerate(padded) if not pad]
+    dims += [d for d, pad in reversed(list(enumerate(padded))) if pad]
 
-    def build(chosen: tuple[Run, ...]) -> jax.Array:
-        d = len(chosen)
-        if d < len(axes):
-            parts = [build((*chosen, run)) for run in axes[d].runs()]
-            return lax.concatenate(parts, d + 1) if len(parts) > 1 else parts[0]
-        counts = [run.count for run in chosen]
+    def build(chosen: dict[int, Run]) -> jax.Array:
+        counts = [chosen[d].count if d in chosen else axis.out for d, axis in enumerate(axes)]
         shape = (x.shape[0], *counts, x.shape[-1])
+        if len(chosen) == len(axes):
+            taps = [chosen[d].taps for d in range(len(axes))]
+            starts = itertools.product(*[at.values() for at in taps])
+            terms: Terms = {
+                tap: lax.mul(_window(x, start, counts, steps), weights(tap, shape))
+                for tap, start in zip(itertools.product(*taps), starts, strict=True)
+            }
+            return _sum_taps(terms, shape, x.dtype)
+        d = dims[len(chosen)]
+        if not padded[d]:
+            parts = [build(chosen | {d: run}) for run in axes[d].runs()]
+            return lax.concatenate(parts, d + 1) if len(parts) > 1 else parts[0]
         terms = {
-            tap: lax.mul(_window(x, start, counts, steps), weights(tap, shape))
-            for tap, start in zip(
-                itertools.product(*[run.taps for run in chosen]),
-                itertools.product(*[run.taps.values() for run in chosen]),
-                strict=True,
-            )
+            (tap,): _pad(build(chosen | {d: run}), d + 1, first, counts[d] - first - run.count)
+            for tap, (first, run) in axes[d].reads().items()
         }
         return _sum_taps(terms, shape, x.dtype)
 
-    return build(())
+    return build({})
 
 
 def _rows(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis]) -> jax.Array:
@@ -328,7 +366,7 @@ def _tiles(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis], together: int)
     if looped:
         pieces = -(-sizes[-1] // (_BODY_TAPS // together))
         body = [1] * (spatial - 1) + [-(-sizes[-1] // pieces)]
-        kernel = _pad_end(kernel, spatial - 1, body[-1] * pieces - sizes[-1])
+        kernel = _pad(kernel, spatial - 1, 0, body[-1] * pieces - sizes[-1])
         sizes[-1] = body[-1] * pieces
     rounded = [*counts, blocks[-1] * together]
     reach = [
