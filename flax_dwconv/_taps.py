@@ -211,10 +211,12 @@ def _convolve(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis]) -> jax.Arra
     lengths = []
     for parts in reversed(phases):
         partial = [run.count < axis.out for _, axis in parts for _, run in axis.reads().values()]
-        padded.insert(0, sum(partial) <= min(pads, _PADDED))
-        pads -= sum(partial) * padded[0]
-        runs = [run.taps for _, axis in parts for run in axis.runs()]
-        lengths.append(len(partial) if padded[0] else sum(map(len, runs)))
+        if few := sum(partial) <= min(pads, _PADDED):
+            pads -= sum(partial)
+            lengths.append(len(partial))
+        else:
+            lengths.append(sum(len(run.taps) for _, axis in parts for run in axis.runs()))
+        padded.insert(0, few)
     regions = math.prod(lengths) <= most
     if several and not regions:
         # All phases read the same padded image.
@@ -275,8 +277,9 @@ def _regions(
     """
     weights = _weights(kernel)
     steps = [axis.stride for axis in axes]
-    dims = [d for d, pad in enumerate(padded) if not pad]
-    dims += [d for d, pad in reversed(list(enumerate(padded))) if pad]
+    # The pads of the last dimension outermost: the other way round takes 1.2 times as long.
+    dims = [d for d in range(len(axes)) if not padded[d]]
+    dims += [d for d in reversed(range(len(axes))) if padded[d]]
 
     def build(chosen: dict[int, Run]) -> jax.Array:
         counts = [chosen[d].count if d in chosen else axis.out for d, axis in enumerate(axes)]
