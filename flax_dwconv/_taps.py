@@ -142,19 +142,19 @@ Terms = dict[tuple[int, ...], jax.Array]
 
 
 # How much is compiled depends on how much there is to compute: from how many elements on, of the
-# image or of the results, how many taps the regions of an image may have in all, how many of them
-# may be padded because they read outside for some outputs, and how many products one pass of the
-# inner loop computes, which is neighbouring outputs by taps. An image with more taps is padded
-# instead. With pads, a 3x3 kernel has 49 taps in regions and a 5x5 one 361, each of which takes 1
-# to 3 ms to compile, as does a product; with padded taps, a 3x3 kernel has 21 along one dimension
-# and 9 along both, which then take 1.4 times as long on a large image. Without regions and tiles, a
-# layer takes 1 to 2 times as long on one small image, which a network hardly shows; without
-# regions, 1 to 4 times on a batch whose padded copy fits into no cache. Tiles of 4 instead of 2 for
-# a 7x7 kernel would take 0.8 to 0.9 of the time, but the 18 layers of a ConvNeXtTiny half a second
-# longer to compile.
+# image or of the results, how many taps the regions of an image may have in all, and how many
+# products one pass of the inner loop computes, which is neighbouring outputs by taps. An image with
+# more taps is padded instead. With pads, a 3x3 kernel has 21 taps in regions and a 5x5 one 361,
+# each of which takes 1 to 3 ms to compile, as does a product. Without regions and tiles, a layer
+# takes 1 to 2 times as long on one small image, which a network hardly shows; without regions, 1 to
+# 4 times on a batch whose padded copy fits into no cache. Tiles of 4 instead of 2 for a 7x7 kernel
+# would take 0.8 to 0.9 of the time, but the 18 layers of a ConvNeXtTiny half a second longer to
+# compile.
 _SOME, _MANY = 1 << 17, 1 << 19
-_EFFORT = [(0, 30, 4, 1), (_SOME, 150, 2, 100), (_MANY, 400, 2, 350)]
-# The most padded taps of one dimension. With four, of a 5x5 kernel, LLVM does not vectorise.
+_EFFORT = [(0, 30, 1), (_SOME, 150, 100), (_MANY, 400, 350)]
+# The most taps that are padded because they read outside for some outputs. They save regions: a 3x3
+# kernel would have 49 taps. LLVM does not vectorise with four: of a 5x5 kernel along one dimension,
+# nor of a 3x3 one along both where other operations are fused, as in MobileNetV2.
 _PADDED = 2
 # The most outputs together. Networks for images of 224x224 have rows of 7, 14, 28, 56, 112.
 _TILE = 7
@@ -206,12 +206,13 @@ def _convolve(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis]) -> jax.Arra
     # times as long as single outputs.
     results = x.shape[0] * math.prod(axis.out for axis in axes) * x.shape[-1]
     elements = 0 if several else max(x.size, results)
-    *_, (most, pads, products) = [effort for least, *effort in _EFFORT if elements >= least]
+    *_, (most, products) = [effort for least, *effort in _EFFORT if elements >= least]
     padded: list[bool] = []
     lengths = []
+    pads = _PADDED
     for parts in reversed(phases):
         partial = [run.count < axis.out for _, axis in parts for _, run in axis.reads().values()]
-        if few := sum(partial) <= min(pads, _PADDED):
+        if few := sum(partial) <= pads:
             pads -= sum(partial)
             lengths.append(len(partial))
         else:

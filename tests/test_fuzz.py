@@ -252,22 +252,22 @@ TRANSFORMATIONS = {
 # The algorithms for large images and kernels, on small ones: their limits are lowered to these.
 ALGORITHMS = {
     "as is": {},
-    "regions": {"_EFFORT": [(0, 400, 0, 1)], "_SOME": 0},
-    "padded taps": {"_EFFORT": [(0, 400, 99, 1)], "_PADDED": 99},
-    "padded": {"_EFFORT": [(0, 0, 0, 1)]},
-    "short rows": {"_EFFORT": [(0, 0, 0, 999)], "_SOME": 0},
-    "tiles": {"_EFFORT": [(0, 0, 0, 999)], "_ROW": 0, "_TILE": 3},
-    "wide tiles": {"_EFFORT": [(0, 0, 0, 999)], "_ROW": 0},
+    "regions": {"_EFFORT": [(0, 400, 1)], "_SOME": 0, "_PADDED": 0},
+    "padded taps": {"_EFFORT": [(0, 400, 1)], "_PADDED": 99},
+    "padded": {"_EFFORT": [(0, 0, 1)]},
+    "short rows": {"_EFFORT": [(0, 0, 999)], "_SOME": 0},
+    "tiles": {"_EFFORT": [(0, 0, 999)], "_ROW": 0, "_TILE": 3},
+    "wide tiles": {"_EFFORT": [(0, 0, 999)], "_ROW": 0},
     "all taps": {"_SOME": 0, "_POSITIONS": 4, "_POSITIONS_TOGETHER": 1},
-    "rows unrolled": {"_EFFORT": [(0, 0, 0, 999)], "_MANY": 0},
+    "rows unrolled": {"_EFFORT": [(0, 0, 999)], "_MANY": 0},
     "loops": {
-        "_EFFORT": [(0, 0, 0, 1)],
+        "_EFFORT": [(0, 0, 1)],
         "_BODY_TAPS": 5,
         "_FEW_ROWS": 0,
         "_ROW_TAPS": 2,
         "_ROW_PRODUCTS": 1,
     },
-    "short sums": {"_EFFORT": [(0, 8, 2, 20)], "_FEW_ROWS": 0, "_POSITIONS": 4},
+    "short sums": {"_EFFORT": [(0, 8, 20)], "_FEW_ROWS": 0, "_POSITIONS": 4},
 }
 # Every sum of products is exact: below 2 / eps.
 LIMITS = {"float32": 3, "bfloat16": 1, "float16": 2, "float64": 9}
