@@ -145,6 +145,8 @@ class Run:
 # What is to be summed up: {tap: product}, or of a kernel gradient {(group, position): product}. A
 # "row" is the terms of a key but its last number: a row of the kernel, or a group.
 Terms = dict[tuple[int, ...], jax.Array]
+# Where an image is read: (position, counts, steps) -> `(n, *counts, c)`.
+Window = Callable[[Sequence[int], Sequence[int], Sequence[int]], jax.Array]
 
 
 # How much is compiled depends on how much there is to compute: from how many elements on, of the
@@ -165,9 +167,9 @@ _EFFORT = [(0, 30, 1), (_SOME, 150, 100), (_MANY, 400, 350)]
 _PADDED = 2
 # The most outputs together. Networks for images of 224x224 have rows of 7, 14, 28, 56, 112.
 _TILE = 7
-# The taps of one compiled loop body; compile time grows with them. More are a loop over bodies, of
-# so many outputs together.
-_BODY_TAPS, _LOOP_TILE = 64, 3
+# More taps than this are a loop over the rows of the kernel, so many outputs together. One pass has
+# at most so many products: compile time grows with them.
+_UNROLLED_TAPS, _LOOP_TILE, _LOOP_PRODUCTS = 64, 4, 128
 # Fewer outputs than this wait for their own additions unless each row is summed up by itself: two
 # outputs of a 7x7 kernel take 0.8 of the time.
 _FEW = 4
@@ -249,7 +251,7 @@ def _convolve(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis]) -> jax.Arra
         if not part.size:
             return jnp.zeros((x.shape[0], *[axis.out for axis in geometry], x.shape[-1]), x.dtype)
         taps = math.prod(part.shape[:-1])
-        if products > 1 and taps <= _BODY_TAPS and geometry[-1].out <= _ROW:
+        if products > 1 and taps <= _UNROLLED_TAPS and geometry[-1].out <= _ROW:
             return _rows(x, part, geometry)
         return _tiles(x, part, geometry, max(min(_TILE, products // taps), 1))
 
@@ -367,54 +369,57 @@ def _tiles(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis], together: int)
     steps = [axis.stride for axis in axes]
     apart = [axis.rhs_dilation for axis in axes]
     sizes = [axis.kernel for axis in axes]
-    looped = math.prod(sizes) > _BODY_TAPS
+    looped = math.prod(sizes) > _UNROLLED_TAPS
     if looped:
         together = _LOOP_TILE
     *counts, last = [axis.out for axis in axes]
     blocks = [*counts, -(-last // together)]
-    # One body holds all taps, or a piece of a row of the kernel.
-    body = sizes
-    if looped:
-        pieces = -(-sizes[-1] // (_BODY_TAPS // together))
-        body = [1] * (spatial - 1) + [-(-sizes[-1] // pieces)]
-        kernel = _pad(kernel, spatial - 1, 0, body[-1] * pieces - sizes[-1])
-        sizes[-1] = body[-1] * pieces
     rounded = [*counts, blocks[-1] * together]
-    reach = [
-        dataclasses.replace(axis, kernel=size, out=count).reach
-        for axis, size, count in zip(axes, sizes, rounded, strict=True)
-    ]
+    reach = [dataclasses.replace(axis, out=n).reach for axis, n in zip(axes, rounded, strict=True)]
     x = _crop(x, [-axis.low for axis in axes], reach)
     shape = (x.shape[0], *blocks, x.shape[-1])
 
-    def add(outputs: Sequence[Terms], x: jax.Array, kernel: jax.Array) -> list[jax.Array]:
+    def add(outputs: Sequence[Terms], window: Window, kernel: jax.Array) -> list[jax.Array]:
+        images = functools.cache(
+            lambda *at: window(at, blocks, [*steps[:-1], steps[-1] * together])
+        )
         weights = _weights(kernel)
         for i, terms in enumerate(outputs):
-            for tap in itertools.product(*map(range, body)):
-                start = [a * gap for a, gap in zip(tap, apart, strict=True)]
-                start[-1] += i * steps[-1]
-                window = _window(x, start, blocks, [*steps[:-1], steps[-1] * together])
-                terms[tap] = lax.mul(window, weights(tap, shape))
+            for tap in itertools.product(*map(range, kernel.shape[:-1])):
+                *rows, at = [a * gap for a, gap in zip(tap, apart, strict=True)]
+                terms[tap] = lax.mul(images(*rows, at + i * steps[-1]), weights(tap, shape))
         return _sum_together(outputs, shape, x.dtype)
 
-    if not looped:
-        sums = add([{} for _ in range(together)], x, kernel)
-    else:
-        grid = [size // piece for size, piece in zip(sizes, body, strict=True)]
-        extent = [
-            whole - (size - piece) * gap
-            for whole, size, piece, gap in zip(reach, sizes, body, apart, strict=True)
-        ]
+    def loop(sums: list[jax.Array], left: int, right: int, width: int) -> list[jax.Array]:
+        """Adds some columns of the kernel, `width` at a time, and as many rows as divide them."""
+        columns = lax.slice_in_dim(kernel, left, right, axis=spatial - 1)
+        body = [width]
+        for size in reversed(sizes[:-1]):
+            most = max(_LOOP_PRODUCTS // together // math.prod(body), 1)
+            body.insert(0, max(n for n in range(1, most + 1) if size % n == 0))
+        grid = [size // n for size, n in zip(columns.shape[:-1], body, strict=True)]
 
         def step(i, sums):
-            at = [j * piece for j, piece in zip(_unravel(i, grid), body, strict=True)]
+            at = [j * n for j, n in zip(_unravel(_parallel(i), grid), body, strict=True)]
+            taps = lax.dynamic_slice(columns, (*at, 0), (*body, x.shape[-1]))
+            at[-1] += left
             start = [a * gap for a, gap in zip(at, apart, strict=True)]
-            piece = lax.dynamic_slice(x, (0, *start, 0), (x.shape[0], *extent, x.shape[-1]))
-            taps = lax.dynamic_slice(kernel, (*at, 0), (*body, x.shape[-1]))
-            return add([{(): y} for y in sums], piece, taps)
+            return add([{(): y} for y in sums], _moving_window(x, start), taps)
 
-        zeros = [jnp.zeros(shape, x.dtype)] * together
-        sums = lax.fori_loop(0, math.prod(grid), step, zeros)
+        # Two passes in one. XLA writes the sums elsewhere than it reads them, and after a single
+        # pass copies them back; of two, the second writes where the first read: 0.65 of the time.
+        return lax.fori_loop(0, math.prod(grid), step, sums, unroll=2)
+
+    if looped:
+        sums = [jnp.zeros(shape, x.dtype)] * together
+        pieces = -(-sizes[-1] * together // _LOOP_PRODUCTS)
+        width = -(-sizes[-1] // pieces)
+        rest = sizes[-1] % width
+        sums = loop(sums, 0, sizes[-1] - rest, width)
+        if rest:
+            sums = loop(sums, sizes[-1] - rest, sizes[-1], rest)
+    else:
+        sums = add([{} for _ in range(together)], functools.partial(_window, x), kernel)
     return _alternate(sums, spatial, last)
 
 
@@ -487,17 +492,8 @@ def kernel_gradient(x: jax.Array, g: jax.Array, axes: Sequence[Axis]) -> jax.Arr
         inner = [dataclasses.replace(axis, size=e) for axis, e in zip(axes, extent, strict=True)]
 
         def step(i):
-            start = [a * gap for a, gap in zip(_unravel(i, grid), apart, strict=True)]
-            shifted = functools.cache(lambda d, a: start[d] + a)
-
-            def window(at, counts, steps):
-                # A slice of its own for each window: XLA would copy one that they share.
-                sizes = [(n - 1) * step + 1 for n, step in zip(counts, steps, strict=True)]
-                corner = [shifted(d, a) for d, a in enumerate(at)]
-                sizes = (x.shape[0], *sizes, x.shape[-1])
-                y = lax.dynamic_slice(x, (0, *corner, 0), sizes, allow_negative_indices=False)
-                return _window(y, [0] * len(at), counts, steps)
-
+            start = [a * gap for a, gap in zip(_unravel(_parallel(i), grid), apart, strict=True)]
+            window = _moving_window(x, start)
             return _gradients(window, g, inner, [*[0] * len(outer), left], taps, positions)
 
         y = lax.map(step, jnp.arange(bodies))
@@ -506,7 +502,7 @@ def kernel_gradient(x: jax.Array, g: jax.Array, axes: Sequence[Axis]) -> jax.Arr
 
 
 def _gradients(
-    window: Callable[[Sequence[int], Sequence[int], Sequence[int]], jax.Array],
+    window: Window,
     g: jax.Array,
     axes: Sequence[Axis],
     first: Sequence[int],
@@ -520,7 +516,7 @@ def _gradients(
     neighbours; the others are a block of their own, without what reads outside.
 
     Args:
-      window: (position in the image, counts, steps) -> `(n, *counts, c)`.
+      window: of the image.
       g: `(n, *kernels, c)`.
       axes: the geometry of each spatial dimension, with the sizes of the image.
       first: a position of each dimension.
@@ -599,6 +595,31 @@ def _window(
     steps = [step if n > 1 else 1 for n, step in zip(counts, steps, strict=True)]
     stop = [s + (n - 1) * step + 1 for s, n, step in zip(start, counts, steps, strict=True)]
     return lax.slice(x, (0, *start, 0), (x.shape[0], *stop, x.shape[-1]), (1, *steps, 1))
+
+
+def _moving_window(x: jax.Array, start: Sequence[Any]) -> Window:
+    """Returns a function like `_window` of `x`, whose positions count from `start`."""
+    shifted = functools.cache(lambda d, a: start[d] + a)
+
+    def window(at: Sequence[int], counts: Sequence[int], steps: Sequence[int]) -> jax.Array:
+        # A slice of its own for each window: XLA would copy one that they share.
+        sizes = [(n - 1) * step + 1 for n, step in zip(counts, steps, strict=True)]
+        corner = [shifted(d, a) for d, a in enumerate(at)]
+        sizes = (x.shape[0], *sizes, x.shape[-1])
+        y = lax.dynamic_slice(x, (0, *corner, 0), sizes, allow_negative_indices=False)
+        return _window(y, [0] * len(at), counts, steps)
+
+    return window
+
+
+def _parallel(i: jax.Array) -> jax.Array:
+    """Returns the index `i` of a loop, such that XLA's threads share what each pass of it does.
+
+    XLA of jax 0.12 compiles loops that it takes for small ones, which are these too, as functions
+    for one thread, in which LLVM does not vectorise: a 31x31 kernel takes 12 times as long. It does
+    not if there is a sort, which takes a microsecond.
+    """
+    return lax.sort(jnp.stack([i, i]))[0]
 
 
 def _unravel(i: jax.Array, grid: Sequence[int]) -> list[Any]:

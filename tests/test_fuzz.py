@@ -262,11 +262,13 @@ ALGORITHMS = {
     "rows unrolled": {"_EFFORT": [(0, 0, 999)], "_MANY": 0},
     "loops": {
         "_EFFORT": [(0, 0, 1)],
-        "_BODY_TAPS": 5,
+        "_UNROLLED_TAPS": 5,
+        "_LOOP_PRODUCTS": 8,
         "_FEW_ROWS": 0,
         "_ROW_TAPS": 2,
         "_ROW_PRODUCTS": 1,
     },
+    "loops over rows": {"_EFFORT": [(0, 0, 1)], "_UNROLLED_TAPS": 5, "_LOOP_PRODUCTS": 32},
     "short sums": {"_EFFORT": [(0, 8, 20)], "_FEW_ROWS": 0, "_POSITIONS": 4},
 }
 # Every sum of products is exact: below 2 / eps.

@@ -401,17 +401,24 @@ def test_calling_again_traces_once():
 
 
 def test_large_kernels_compile_a_loop():
-    """A 31x31 kernel compiles as fast as a smaller one, and gives the same numbers."""
+    """A 31x31 kernel compiles as fast as a smaller one, and gives the same numbers.
+
+    XLA of jax 0.12 makes some loops functions for one thread. It marks them, and not ours.
+    """
     rng = np.random.default_rng(0)
     x, kernel = integers(rng, (1, 34, 33, 2)), integers(rng, (31, 31, 2, 1))
-    f = jax.jit(functools.partial(depthwise_conv2d, padding="same"))
-    slow = functools.partial(depthwise_conv2d, padding="same", method="lax")
-    lowered = f.lower(x, kernel).as_text()
-    assert lowered.count("stablehlo.multiply") < 2 * _taps._BODY_TAPS
-    np.testing.assert_array_equal(f(x, kernel), slow(x, kernel))
+    f = functools.partial(depthwise_conv2d, padding="same")
+    slow = functools.partial(f, method="lax")
     g = slow(x, kernel) % 5
+    forward, backward = jax.jit(f), jax.jit(vjp(f))
+    lowered = forward.lower(x, kernel)
+    assert lowered.as_text().count("stablehlo.multiply") < 4 * _taps._LOOP_PRODUCTS < 31 * 31
+    for executable in lowered.compile(), backward.lower(x, kernel, g).compile():
+        text = executable.as_text()
+        assert " while(" in text and "xla_cpu_small_call" not in text
+    np.testing.assert_array_equal(forward(x, kernel), slow(x, kernel))
     jax.tree.map(
         np.testing.assert_array_equal,
-        jax.jit(vjp(f))(x, kernel, g),
+        backward(x, kernel, g),
         jax.jit(vjp(slow))(x, kernel, g),
     )

@@ -32,6 +32,7 @@ CASES = {
     "first": Case((1, 2, 5, 4), (2, 3, 2, 2), 2, 1, 1, "channels_first"),
     "tiles": Case((1, 9, 10, 2), (7, 7, 2, 1), 1, "same"),
     "loop": Case((1, 10, 11, 2), (9, 10, 2, 1), 1, "same"),
+    "loops": Case((1, 4, 75, 2), (2, 71, 2, 1), 1, "same"),
 }
 cases = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 few = pytest.mark.parametrize("case", [CASES[n] for n in ("both", "first")], ids=str)
