@@ -616,8 +616,7 @@ def _parallel(i: jax.Array) -> jax.Array:
     """Returns the index `i` of a loop, such that XLA's threads share what each pass of it does.
 
     XLA of jax 0.12 compiles loops that it takes for small ones, which are these too, as functions
-    for one thread, in which LLVM does not vectorise: a 31x31 kernel takes 12 times as long. It does
-    not if there is a sort, which takes a microsecond.
+    for one thread: a 31x31 kernel takes 12 times as long. A sort keeps it from that.
     """
     return lax.sort(jnp.stack([i, i]))[0]
 
