@@ -1,9 +1,10 @@
-"""The tag, `accelerate`, and the lowering rule that compiles tagged depthwise convolutions for CPU.
+"""The tag, `accelerate`, and the lowering rule that compiles tagged convolutions for CPU.
 
 A convolution is tagged by tracing it under a metadata context, which JAX keeps with the equation:
 what autodiff, `vmap`, `remat` and `scan` derive from a tagged convolution is tagged too. When JAX
 lowers a convolution for CPU it asks the rule registered here; the rule compiles a tagged depthwise
-one as a sum over taps (`_taps`) and hands every other one to the rule that was registered before.
+one as a sum over taps (`_taps`), a pointwise one, if the tag says so, as a matrix product, and
+hands every other one to the rule that was registered before.
 
 This is the only file that touches what JAX does not promise to keep:
 
@@ -36,10 +37,14 @@ with contextlib.suppress(ImportError, AttributeError):  # `_register` says so
     set_xla_metadata = xla_metadata.set_xla_metadata
 
 _KEY = "flax_dwconv"
+_DEPTHWISE, _SEPARABLE = "depthwise", "separable"  # the tag: which convolutions are compiled here
 
 
 class _Scope(threading.local):
-    """A context that sets or clears the tag; may be entered again, nested and in other threads."""
+    """A context that sets or clears the tag; may be entered again, nested and in other threads.
+
+    Called with a function, it returns one that runs inside.
+    """
 
     def __init__(self, tag: str | None):
         self._tag = tag
@@ -55,22 +60,40 @@ class _Scope(threading.local):
     def __exit__(self, *exception):
         self._entered.pop().__exit__(*exception)
 
+    def __call__(self, f: Callable[..., Any]) -> Callable[..., Any]:
+        if not callable(f):
+            raise TypeError(f"`f` must be a function or None, got {type(f).__name__}.")
 
-def tagged() -> contextlib.AbstractContextManager:
+        def inside(g):
+            @functools.wraps(g)
+            def wrapper(*args, **kwargs):
+                with self:
+                    return g(*args, **kwargs)
+
+            return wrapper
+
+        wrapper = inside(f)
+        for name in ("lower", "trace", "eval_shape"):  # of a jitted function
+            if callable(getattr(f, name, None)):
+                setattr(wrapper, name, inside(getattr(f, name)))
+        return wrapper
+
+
+def tagged() -> _Scope:
     """Returns a context in which traced operations carry the tag."""
-    return _Scope("taps")
+    return _Scope(_DEPTHWISE)
 
 
-def untagged() -> contextlib.AbstractContextManager:
+def untagged() -> _Scope:
     """Returns a context in which traced operations do not carry the tag."""
     return _Scope(None)
 
 
 @overload
-def accelerate() -> contextlib.AbstractContextManager: ...
+def accelerate(*, pointwise: bool = False) -> _Scope: ...
 @overload
-def accelerate(f: Callable[..., Any]) -> Callable[..., Any]: ...
-def accelerate(f=None):
+def accelerate(f: Callable[..., Any], *, pointwise: bool = False) -> Callable[..., Any]: ...
+def accelerate(f=None, *, pointwise=False):
     """Makes depthwise convolutions fast on CPU in any JAX code: a context manager and a decorator.
 
     Convolutions that are traced inside are tagged, like those of `depthwise_conv2d`, and compiled
@@ -80,10 +103,13 @@ def accelerate(f=None):
     A function that `jax.jit` compiled outside is compiled anew when it is called inside, and back.
 
     Args:
-      f: a function, jitted or not, to be called inside; None returns a context manager.
+      f: a function, jitted or not, to be called inside; None returns a context manager, which is a
+        decorator too.
+      pointwise: whether 1x1 convolutions, the other half of a depthwise separable convolution, are
+        compiled as the matrix products that they are. XLA's convolutions take about twice as long.
 
     Raises:
-      TypeError: if `f` cannot be called.
+      TypeError: if `f` cannot be called, or `pointwise` is not a bool.
 
     Example:
       >>> import flax.linen as nn
@@ -98,29 +124,15 @@ def accelerate(f=None):
       >>> predict(params, x).shape
       (1, 56, 56, 32)
     """
-    if f is None:
-        return tagged()
-    if not callable(f):
-        raise TypeError(f"`f` must be a function or None, got {type(f).__name__}.")
-
-    def inside(g):
-        @functools.wraps(g)
-        def wrapper(*args, **kwargs):
-            with tagged():
-                return g(*args, **kwargs)
-
-        return wrapper
-
-    wrapper = inside(f)
-    for name in ("lower", "trace", "eval_shape"):  # of a jitted function
-        if callable(getattr(f, name, None)):
-            setattr(wrapper, name, inside(getattr(f, name)))
-    return wrapper
+    if not isinstance(pointwise, bool):
+        raise TypeError(f"`pointwise` must be a bool, got {pointwise!r}.")
+    scope = _Scope(_SEPARABLE if pointwise else _DEPTHWISE)
+    return scope if f is None else scope(f)
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(lhs: Any, rhs: Any, out: Any, **params: Any) -> Callable[..., jax.Array] | None:
-    """Returns the jitted function (lhs, rhs) -> out of a depthwise convolution, else None.
+def _plan(tag: str, lhs: Any, rhs: Any, out: Any, **params: Any) -> Callable[..., jax.Array] | None:
+    """Returns the jitted function (lhs, rhs) -> out of a convolution of the tag's, else None.
 
     The cache makes equal convolutions of a network one function, which JAX traces and lowers once.
 
@@ -128,9 +140,9 @@ def _plan(lhs: Any, rhs: Any, out: Any, **params: Any) -> Callable[..., jax.Arra
 
         out[n, m, o, c] = sum_q sum_a lhs[n, q, o + a, c] * rhs[m, q, a, c]
 
-    Forward: q = 1, and m is the multiplier. Input gradient: m = 1, and q is the multiplier. Kernel
-    gradient: n = 1, and q is the batch; it is the one with `batch_group_count`, as JAX's transpose
-    rule makes it. What autodiff derives from these again has no other form.
+    Forward: q = 1 if it is depthwise, and m is the multiplier. Input gradient: m = 1, and q is the
+    multiplier. Kernel gradient: n = 1, and q is the batch; it is the one with `batch_group_count`,
+    as JAX's transpose rule makes it. What autodiff derives from these again has no other form.
     """
     lhs_spec, rhs_spec, out_spec = params["dimension_numbers"]
     batch_groups = params["batch_group_count"]
@@ -138,7 +150,7 @@ def _plan(lhs: Any, rhs: Any, out: Any, **params: Any) -> Callable[..., jax.Arra
     sizes = (*lhs.shape, *rhs.shape, *out.shape)
     if not all(isinstance(size, int) and size > 0 for size in sizes) or len(lhs_spec) < 3:
         return None  # symbolic, empty, or without spatial dimensions
-    if groups == 1 or lhs.dtype != rhs.dtype or not {lhs.dtype.name, out.dtype.name} <= _DTYPES:
+    if lhs.dtype != rhs.dtype or not {lhs.dtype.name, out.dtype.name} <= _DTYPES:
         return None
     for aval, spec in zip((lhs, rhs, out), params["dimension_numbers"], strict=True):
         if any(aval.sharding.spec[d] is not None for d in spec[2:]):
@@ -164,12 +176,19 @@ def _plan(lhs: Any, rhs: Any, out: Any, **params: Any) -> Callable[..., jax.Arra
     else:
         pairs = min(q, m)
         algorithm = _sum_contracted
-    if pairs > _MAX_PAIRS:
-        return None
+    before, after = _materialize, _taps.computed_once
+    if groups == 1 or pairs > _MAX_PAIRS:
+        if tag != _SEPARABLE or not _taps.is_product(axes):
+            return None
+        features_first = out_spec[1] < min(out_spec[2:])
+        algorithm = functools.partial(
+            _taps.product, features_first=features_first, precision=params["precision"]
+        )
+        before, after = (lambda *arrays: arrays), (lambda y: y)
     accumulator = max(lhs.dtype, out.dtype, jnp.dtype("float32"), key=lambda dtype: dtype.itemsize)
 
     def compute(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        x, kernel = _materialize(
+        x, kernel = before(
             _groups_last(x.astype(accumulator), lhs_spec, 0 if batch_groups > 1 else 1, groups),
             _groups_last(kernel.astype(accumulator), rhs_spec, 0, groups),
         )
@@ -177,13 +196,13 @@ def _plan(lhs: Any, rhs: Any, out: Any, **params: Any) -> Callable[..., jax.Arra
         order = [(0,), (y.ndim - 1, 1), *[(i,) for i in range(2, y.ndim - 1)]]
         at = sorted(range(len(order)), key=out_spec.__getitem__)
         y = lax.transpose(y, [d for i in at for d in order[i]])
-        return _taps.computed_once(y.reshape(out.shape)).astype(out.dtype)
+        return after(y.reshape(out.shape)).astype(out.dtype)
 
     return jax.jit(compute)
 
 
 # A depthwise convolution pairs few features within a group: both its multiplier and an axis of
-# `vmap` in the worst case. A grouped convolution with more is better left to XLA.
+# `vmap` in the worst case. A grouped convolution with more is not one.
 _MAX_PAIRS = 4
 _DTYPES = {"float16", "bfloat16", "float32", "float64"}
 
@@ -250,8 +269,9 @@ def _register() -> None:
         def rule(ctx, lhs, rhs, **params):
             compute = None
             try:
-                if _KEY in (ctx.jaxpr_eqn_ctx.xla_metadata or {}):
-                    compute = _plan(*ctx.avals_in, *ctx.avals_out, **params)
+                tag = (ctx.jaxpr_eqn_ctx.xla_metadata or {}).get(_KEY)
+                if tag is not None:
+                    compute = _plan(tag, *ctx.avals_in, *ctx.avals_out, **params)
             except AttributeError as error:
                 _warn(str(error))
             if compute is None:

@@ -580,6 +580,77 @@ def _gradients(
     return functools.reduce(lax.add, build((), most) or [zeros]).reshape(*taps, -1)
 
 
+def _role(axis: Axis) -> tuple[int, Axis]:
+    """Returns which operand slides along the axis, 0 the image or 1 the kernel, and its geometry.
+
+    It is the kernel over an image of one position, or over one that is dilated for a single output.
+    Then the outputs come in reverse.
+    """
+    if axis.size == 1 < axis.kernel or axis.out == 1 < axis.lhs_dilation:
+        return 1, axis.swapped()
+    return 0, axis
+
+
+def is_product(axes: Sequence[Axis]) -> bool:
+    """Whether a convolution is a matrix product: no window of several positions slides anywhere.
+
+    So are pointwise convolutions, whose kernel has one position, and their input gradients; their
+    kernel gradients, whose result has one; and derivatives of these, whose image has one.
+    """
+    return all(
+        axis.lhs_dilation == 1 or axis.stride == 1
+        if axis.kernel == 1
+        else axis.lhs_dilation == axis.out == 1
+        for _, axis in map(_role, axes)
+    )
+
+
+def product(
+    x: jax.Array, kernel: jax.Array, axes: Sequence[Axis], features_first: bool, precision: Any
+) -> jax.Array:
+    """Returns a convolution that is a matrix product for each `c`, summed over `q`.
+
+    Args:
+      x: `(n, q, *sizes, c)`.
+      kernel: `(m, q, *kernels, c)`, of the dtype of `x`.
+      axes: the geometry of each spatial dimension.
+      features_first: whether `m` comes before the outputs in memory.
+      precision: that of `lax.dot_general`.
+
+    Returns:
+      `(n, m, *outs, c)`.
+    """
+    operands, pads, reverse = [x, kernel], [(0, 0, 0)] * x.ndim, []
+    # The axes of `x`, `kernel` and the result by name, None where there is one position.
+    names: list[list[Any]] = [["n", "q"], ["m", "q"], ["n", "m"]]
+    for d, (i, axis) in enumerate(map(_role, axes), 2):
+        if i:
+            reverse.append(d)
+        names[i].append(d)
+        names[1 - i].append(d if axis.kernel > 1 else None)
+        names[2].append(d if axis.kernel == 1 else None)
+        if axis.lhs_dilation > 1:  # the input gradient of a strided one: zeros between the results
+            gaps = axis.lhs_dilation
+            pads[d] = axis.low, axis.out - axis.low - (axis.size - 1) * gaps - 1, gaps - 1
+        else:
+            y = _pad(operands[i], d, axis.low, axis.reach - axis.low - axis.size)
+            step = axis.stride if axis.kernel == 1 else axis.rhs_dilation
+            operands[i] = lax.slice_in_dim(y, 0, None, step, d)
+    single = [[d for d, name in enumerate(each) if name is None] for each in names]
+    operands = [lax.squeeze(y, dims) for y, dims in zip(operands, single, strict=False)]
+    a, b, of_y = [[name for name in [*each, "c"] if name is not None] for each in names]
+    # XLA's products take up to 5 times as long with the other operand first.
+    if kernel.shape[0] < x.shape[0] if single[2] else features_first:
+        operands, a, b = operands[::-1], b, a
+    summed = [name for name in a if name in b and name != "c"]
+    contracting, batch = ([[of.index(i) for i in dims] for of in (a, b)] for dims in (summed, "c"))
+    y = lax.dot_general(*operands, (contracting, batch), precision=precision)
+    order = ["c", *[name for name in a + b if name not in (*summed, "c")]]
+    y = lax.transpose(y, [order.index(name) for name in of_y])
+    y = lax.expand_dims(y, single[2])
+    return lax.rev(lax.pad(y, jnp.zeros((), y.dtype), pads), reverse)
+
+
 def _outside(axis: Axis) -> int:
     """Returns how many positions of the cotangent read outside the input for a tap."""
     ends = -axis.low, (axis.out - 1) * axis.stride - axis.low

@@ -293,6 +293,7 @@ def test_networks_and_the_reach_table():
     for name, seconds in {
         benchmark.PLAIN: 12.0,
         benchmark.FAST: 2.0,
+        benchmark.POINTWISE: 3.0,
         "keras-tensorflow": 4.0,
         "keras-torch": 5.0,
     }.items():
@@ -301,7 +302,9 @@ def test_networks_and_the_reach_table():
             answer = {"jit": {"first": first, "seconds": seconds}}
             results.add(("MobileNetV2", mode, name), 0, answer)
     found = Summary(results, [SMALL, BIG], ["torch", "linen"], ["MobileNetV2"])
-    infer = benchmark.describe_networks(found).splitlines()[2]
+    _, _, infer, pointwise, *_ = benchmark.describe_networks(found).splitlines()
+    assert pointwise.startswith("MobileNetV2 infer, pointwise  12000.000 ~1.00  3000.000 ~1.00")
+    assert "4.00x" in pointwise and "0.75" in pointwise
     for text in (
         "MobileNetV2 infer",
         "12000.000 ~1.00",
@@ -313,7 +316,7 @@ def test_networks_and_the_reach_table():
     ):
         assert text in infer
     goals = found.goals()
-    assert len(goals) == 15
+    assert len(goals) == 16
     assert {goal["name"]: goal["verdict"] for goal in goals} == {
         "layer forward / best peer": "missed",
         "layer train step / best peer": "missed",
@@ -327,6 +330,7 @@ def test_networks_and_the_reach_table():
         "EfficientNetB0 over plain JAX, train": "not measured",
         "ConvNeXtTiny over plain JAX, train": "not measured",
         "network / best of Keras's TF, torch: worst": "aim",
+        "network / best of Keras's TF, torch: worst, pointwise": "at least",
         "network compile time / plain JAX: worst": "at least",
         "machine's limit, cases above 1 MB": "missed",
         "time when the batch doubles": "missed",

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import itertools
 import json
 import multiprocessing
 import warnings
@@ -39,6 +40,7 @@ from flax_dwconv import (
     DepthwiseConv2D,
     _cpu,
     _taps,
+    accelerate,
     activations,
     constraints,
     depthwise_conv2d,
@@ -336,6 +338,55 @@ def test_compiled(x64, case, dtype, transformations, algorithm):
 
 
 # Shapes
+
+
+@examples(60)
+@given(
+    axes=st.lists(
+        st.tuples(
+            st.integers(1, 4), st.sampled_from([1, 1, 2, 3]), st.integers(1, 3),
+            st.tuples(st.integers(-2, 3), st.integers(-2, 3)), st.integers(1, 3), st.integers(1, 3),
+        ),
+        min_size=1,
+        max_size=2,
+    ),
+    groups=st.sampled_from([1, 2]),
+    batch_groups=st.booleans(),
+)  # fmt: skip
+def test_pointwise(axes, groups, batch_groups):
+    """Any convolution inside `accelerate(pointwise=True)`, by its definition: XLA's reads outside
+    the image if a pad is negative."""
+    sizes, kernels, strides, pads, lhs_dilation, rhs_dilation = zip(*axes, strict=True)
+    n, m, q, spatial = 2, 3, 5, range(len(axes))
+    x = oracle.integers(0, *((groups * n, q) if batch_groups else (n, groups * q)), *sizes)
+    kernel = oracle.integers(1, groups * m, q, *kernels)
+    limits = [(size - 1) * gaps + 1 for size, gaps in zip(sizes, lhs_dilation, strict=True)]
+    outs = [
+        (limits[d] + sum(pads[d]) - (kernels[d] - 1) * rhs_dilation[d] - 1) // strides[d] + 1
+        for d in spatial
+    ]
+    assume(min(outs) > 0)
+    expected = np.zeros((n, groups * m, *outs))
+    parts = np.split(x, groups, 0 if batch_groups else 1), np.split(kernel, groups)
+    for o, a in itertools.product(np.ndindex(*outs), np.ndindex(*kernels)):
+        t = [o[d] * strides[d] + a[d] * rhs_dilation[d] - pads[d][0] for d in spatial]
+        if all(0 <= t[d] < limits[d] and t[d] % lhs_dilation[d] == 0 for d in spatial):
+            at = tuple(t[d] // lhs_dilation[d] for d in spatial)
+            products = [p[:, :, *at] @ k[:, :, *a].T for p, k in zip(*parts, strict=True)]
+            expected[:, :, *o] += np.concatenate(products, 1)
+    f = functools.partial(
+        lax.conv_general_dilated,
+        window_strides=strides,
+        padding=pads,
+        lhs_dilation=lhs_dilation,
+        rhs_dilation=rhs_dilation,
+        **{"batch_group_count" if batch_groups else "feature_group_count": groups},
+    )
+    fast = jax.jit(accelerate(lambda x, kernel: f(x, kernel), pointwise=True)).lower(x, kernel)
+    is_product = "stablehlo.convolution" not in fast.as_text()
+    if is_product or min(map(min, pads)) >= 0:
+        np.testing.assert_array_equal(fast.compile()(x, kernel), expected)
+    assert is_product or set(kernels) != {1} or set(lhs_dilation) != {1}
 
 
 @examples(300)

@@ -255,6 +255,97 @@ def test_any_dimension_numbers(spec):
     )
 
 
+# dimension numbers, strides, padding, groups
+POINTWISE = {
+    "NHWC": (("NHWC", "HWIO", "NHWC"), (1, 1), "VALID", 1),
+    "NCHW": (("NCHW", "OIHW", "NCHW"), (1, 1), "SAME", 1),
+    "strides": (("NHWC", "HWIO", "NHWC"), (2, 3), "VALID", 1),
+    "strides and pads": (("NCHW", "OIHW", "NCHW"), (2, 3), ((0, 1), (2, 3)), 1),
+    "negative pads": (("NHWC", "OIHW", "NCHW"), (1, 2), ((-1, 0), (0, -2)), 1),
+    "unusual dimension numbers": (("HWNC", "HWOI", "CNHW"), (2, 1), ((1, 1), (0, -1)), 1),
+    "groups": (("NHWC", "HWIO", "NHWC"), (1, 1), "VALID", 2),
+    "groups and strides": (("NCHW", "OIHW", "NCHW"), (2, 2), "SAME", 2),
+}
+
+
+@pytest.fixture
+def pointwise(request):
+    """A 1x1 convolution as a model writes it, and its operands."""
+    spec, strides, padding, groups = POINTWISE[request.param]
+    rng = np.random.default_rng(0)
+    sizes = {"N": 2, "H": 5, "W": 7, "C": 12, "O": 10, "I": 12 // groups}
+    x = integers(rng, [sizes[d] for d in spec[0]])
+    kernel = integers(rng, [sizes[d] if d in "OI" else 1 for d in spec[1]])
+
+    def f(x, kernel):
+        return lax.conv_general_dilated(
+            x, kernel, strides, padding, dimension_numbers=spec, feature_group_count=groups
+        )
+
+    return f, x, kernel, f(x, kernel) % 5
+
+
+def check_pointwise(f, *args):
+    """Inside `accelerate(pointwise=True)`: no convolution, the same jaxpr, the same bits."""
+    fast = jax.jit(flax_dwconv.accelerate(f, pointwise=True))
+    assert str(jax.make_jaxpr(fast)(*args)) == str(jax.make_jaxpr(jax.jit(f))(*args))
+    lowered = fast.lower(*args)
+    assert "stablehlo.convolution" not in lowered.as_text()
+    jax.tree.map(np.testing.assert_array_equal, lowered.compile()(*args), jax.jit(f)(*args))
+
+
+@pytest.mark.parametrize("pointwise", POINTWISE, indirect=True)
+@pytest.mark.parametrize(
+    "make",
+    [jvp, vjp, hessian_vector_product, reverse_over_reverse, transpose, checkpoint, scan, cond,
+     fori],
+)  # fmt: skip
+def test_pointwise_transformations(make, pointwise):
+    f, *args = pointwise
+    check_pointwise(f, *args[:2])
+    check_pointwise(make(f), *args)
+
+
+@pytest.mark.parametrize("pointwise", POINTWISE, indirect=True)
+@pytest.mark.parametrize("axes", [(0, 0, 0), (0, None, 0), (None, 0, 0)])
+def test_pointwise_vmap_of_gradients(axes, pointwise):
+    f, *args = pointwise
+    args = [
+        a if axis is None else jnp.stack([a, 1 - a]) for a, axis in zip(args, axes, strict=True)
+    ]
+    check_pointwise(jax.vmap(vjp(f), axes), *args)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("pointwise", ["NHWC"], indirect=True)
+def test_pointwise_dtypes(dtype, pointwise, x64):
+    f, *args = pointwise
+    check_pointwise(vjp(f), *(a.astype(dtype) for a in args))
+
+
+def test_pointwise_has_to_be_asked_for():
+    x, kernel = jnp.ones((1, 6, 6, 3)), jnp.ones((1, 1, 3, 8))
+    f = functools.partial(lax.conv_general_dilated, window_strides=(1, 1), padding="VALID",
+                          dimension_numbers=("NHWC", "HWIO", "NHWC"))  # fmt: skip
+
+    def is_product():
+        return "stablehlo.convolution" not in text(lambda x, k: f(x, k), x, kernel)
+
+    @flax_dwconv.accelerate(pointwise=True)
+    def decorated():
+        return is_product(), uses_taps(lambda x, k: plain(x, k))
+
+    assert decorated() == (True, True)
+    assert not is_product()
+    with flax_dwconv.accelerate():
+        assert not is_product()
+        with flax_dwconv.accelerate(pointwise=True):
+            assert is_product()
+        assert not is_product()
+    with pytest.raises(TypeError, match="`pointwise` must be a bool, got 1"):
+        flax_dwconv.accelerate(pointwise=1)
+
+
 def text(f, *args):
     """The StableHLO of `f`, without what names our call sites."""
     return jax.jit(f).lower(*args).as_text()
@@ -265,8 +356,9 @@ def test_untagged_and_not_depthwise_run_as_before():
     x, kernel = integers(rng, (1, 6, 6, 4)), integers(rng, (3, 3, 4, 8))
     dense = functools.partial(lax.conv_general_dilated, window_strides=(1, 1), padding="SAME",
                               dimension_numbers=("NHWC", "HWIO", "NHWC"))  # fmt: skip
-    with flax_dwconv.accelerate():
-        assert "stablehlo.convolution" in text(lambda x, k: dense(x, k), x, kernel)
+    for scope in flax_dwconv.accelerate(), flax_dwconv.accelerate(pointwise=True):
+        with scope:
+            assert "stablehlo.convolution" in text(lambda x, k: dense(x, k), x, kernel)
     assert "flax_dwconv" not in text(lambda x, k: dense(x, k), x, kernel)
     assert "stablehlo.convolution" in text(lambda x, k: plain(x, k), x, kernel.reshape(3, 3, 1, -1))
 
