@@ -176,27 +176,30 @@ def _plan(tag: str, lhs: Any, rhs: Any, out: Any, **params: Any) -> Callable[...
     else:
         pairs = min(q, m)
         algorithm = _sum_contracted
-    before, after = _materialize, _taps.computed_once
-    if groups == 1 or pairs > _MAX_PAIRS:
+    depthwise = groups > 1 and pairs <= _MAX_PAIRS
+    if not depthwise:
         if tag != _SEPARABLE or not _taps.is_product(axes):
             return None
-        features_first = out_spec[1] < min(out_spec[2:])
+        if any(name is not None for aval in (lhs, rhs, out) for name in aval.sharding.spec):
+            return None  # explicitly sharded, and JAX asks how the product is to be
         algorithm = functools.partial(
-            _taps.product, features_first=features_first, precision=params["precision"]
+            _taps.product,
+            features_first=out_spec[1] < min(out_spec[2:]),
+            precision=params["precision"],
         )
-        before, after = (lambda *arrays: arrays), (lambda y: y)
     accumulator = max(lhs.dtype, out.dtype, jnp.dtype("float32"), key=lambda dtype: dtype.itemsize)
 
     def compute(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        x, kernel = before(
-            _groups_last(x.astype(accumulator), lhs_spec, 0 if batch_groups > 1 else 1, groups),
-            _groups_last(kernel.astype(accumulator), rhs_spec, 0, groups),
-        )
+        x = _groups_last(x.astype(accumulator), lhs_spec, 0 if batch_groups > 1 else 1, groups)
+        kernel = _groups_last(kernel.astype(accumulator), rhs_spec, 0, groups)
+        if depthwise:
+            x, kernel = _materialize(x, kernel)
         y = algorithm(x, kernel, axes)  # (n, m, *outs, c)
         order = [(0,), (y.ndim - 1, 1), *[(i,) for i in range(2, y.ndim - 1)]]
         at = sorted(range(len(order)), key=out_spec.__getitem__)
         y = lax.transpose(y, [d for i in at for d in order[i]])
-        return after(y.reshape(out.shape)).astype(out.dtype)
+        y = y.reshape(out.shape)
+        return (_taps.computed_once(y) if depthwise else y).astype(out.dtype)
 
     return jax.jit(compute)
 

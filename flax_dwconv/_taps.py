@@ -1,8 +1,8 @@
-"""Depthwise convolutions as sums over kernel taps, in plain `lax`.
+"""Depthwise convolutions as sums over kernel taps, and pointwise ones as products, in plain `lax`.
 
 What the CPU lowering rule compiles instead of XLA's convolution. Everything here works on arrays
 whose channels `c` are the last axis, with any number of spatial dimensions, and knows nothing of
-layers or tags. All three algorithms compute
+layers or tags. All algorithms compute
 
     out[n, m, o, c] = sum_a dilated[n, o * stride + a * rhs_dilation - low, c] * kernel[m, a, c]
 
@@ -637,14 +637,15 @@ def product(
             step = axis.stride if axis.kernel == 1 else axis.rhs_dilation
             operands[i] = lax.slice_in_dim(y, 0, None, step, d)
     single = [[d for d, name in enumerate(each) if name is None] for each in names]
-    operands = [lax.squeeze(y, dims) for y, dims in zip(operands, single, strict=False)]
-    a, b, of_y = [[name for name in [*each, "c"] if name is not None] for each in names]
-    # XLA's products take up to 5 times as long with the other operand first.
+    x, kernel = (lax.squeeze(y, dims) for y, dims in zip(operands, single, strict=False))
+    a, b, of_y = ([name for name in [*each, "c"] if name is not None] for each in names)
+    # With the other operand first, XLA's products take up to 5 times as long.
     if kernel.shape[0] < x.shape[0] if single[2] else features_first:
-        operands, a, b = operands[::-1], b, a
+        x, kernel, a, b = kernel, x, b, a
     summed = [name for name in a if name in b and name != "c"]
-    contracting, batch = ([[of.index(i) for i in dims] for of in (a, b)] for dims in (summed, "c"))
-    y = lax.dot_general(*operands, (contracting, batch), precision=precision)
+    contracting = [a.index(name) for name in summed], [b.index(name) for name in summed]
+    batch = [a.index("c")], [b.index("c")]
+    y = lax.dot_general(x, kernel, (contracting, batch), precision=precision)
     order = ["c", *[name for name in a + b if name not in (*summed, "c")]]
     y = lax.transpose(y, [order.index(name) for name in of_y])
     y = lax.expand_dims(y, single[2])
