@@ -28,6 +28,7 @@ from jax.sharding import PartitionSpec as P
 
 from flax_dwconv import (
     DepthwiseConv2D,
+    accelerate,
     collect_constraints,
     constrain,
     depthwise_conv2d,
@@ -217,6 +218,34 @@ def test_explicit_sharding_goes_as_far_as_jax(layout, eight):
         assert ours == plain
     if layout == "batch":
         check(ours, "3x3", layout)
+
+
+def pointwise_on_mesh():
+    """Values and collectives of a 1x1 convolution and its gradients, of which each device has a
+    part of the batch."""
+
+    def f(x, kernel):
+        spec = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=spec)
+
+    def with_gradients(x, kernel, g):
+        return f(x, kernel), *jax.vjp(f, x, kernel)[1](g)
+
+    args = [oracle.integers(i, *shape) for i, shape in
+            enumerate([(8, 3, 4, 6), (1, 1, 6, 5), (8, 3, 4, 5)])]  # fmt: skip
+    batch = NamedSharding(jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,)), P("data"))
+    placed = [jax.device_put(args[0], batch), args[1], jax.device_put(args[2], batch)]
+    compiled = jax.jit(accelerate(with_gradients, pointwise=True)).lower(*placed).compile()
+    text = compiled.as_text()
+    found = re.findall(r" (all-\w+|collective-\w+|convolution)(?:-start)?\(", text)
+    return jax.device_get(compiled(*placed)), jax.device_get(with_gradients(*args)), found
+
+
+def test_pointwise_needs_one_sum_over_devices(eight):
+    """That of the kernel gradient; and there is no convolution left."""
+    values, expected_, found = eight(pointwise_on_mesh)
+    jax.tree.map(np.testing.assert_array_equal, values, expected_)
+    assert found == ["all-reduce"]
 
 
 # What devices exchange when they share an image, in the result, and in it with both gradients: not
