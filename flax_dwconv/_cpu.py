@@ -98,7 +98,7 @@ def accelerate(f=None, *, pointwise=False):
 
     Convolutions that are traced inside are tagged, like those of `depthwise_conv2d`, and compiled
     as sums over taps; so are those that autodiff and `vmap` derive from them. Nothing else changes:
-    not what is not depthwise, not GPU or TPU, not the jaxpr.
+    not what is not depthwise (but see `pointwise`), not GPU or TPU, not the jaxpr.
 
     A function that `jax.jit` compiled outside is compiled anew when it is called inside, and back.
 

@@ -337,9 +337,6 @@ def test_compiled(x64, case, dtype, transformations, algorithm):
         check(case, dtype, transformations, algorithm, compiled, method)
 
 
-# Shapes
-
-
 @examples(60)
 @given(
     axes=st.lists(
@@ -387,6 +384,9 @@ def test_pointwise(axes, groups, batch_groups):
     if is_product or min(map(min, pads)) >= 0:
         np.testing.assert_array_equal(fast.compile()(x, kernel), expected)
     assert is_product or set(kernels) != {1} or set(lhs_dilation) != {1}
+
+
+# Shapes
 
 
 @examples(300)
