@@ -37,16 +37,19 @@ with contextlib.suppress(ImportError, AttributeError):  # `_register` says so
     set_xla_metadata = xla_metadata.set_xla_metadata
 
 _KEY = "flax_dwconv"
-_DEPTHWISE, _SEPARABLE = "depthwise", "separable"  # the tag: which convolutions are compiled here
+# The tag says what is compiled here: a convolution of this package and what derives from it; those
+# that are depthwise; pointwise ones too; nothing. That is a tag as well: without one, derivatives
+# that are traced inside `accelerate` would be given the scope's.
+_OURS, _DEPTHWISE, _SEPARABLE, _XLA = "ours", "depthwise", "separable", "xla"
 
 
 class _Scope(threading.local):
-    """A context that sets or clears the tag; may be entered again, nested and in other threads.
+    """A context that sets the tag; may be entered again, nested and in other threads.
 
     Called with a function, it returns one that runs inside.
     """
 
-    def __init__(self, tag: str | None):
+    def __init__(self, tag: str):
         self._tag = tag
         self._entered: list[contextlib.AbstractContextManager] = []
 
@@ -80,13 +83,13 @@ class _Scope(threading.local):
 
 
 def tagged() -> _Scope:
-    """Returns a context in which traced operations carry the tag."""
-    return _Scope(_DEPTHWISE)
+    """Returns a context for depthwise convolutions only, which are compiled here."""
+    return _Scope(_OURS)
 
 
-def untagged() -> _Scope:
-    """Returns a context in which traced operations do not carry the tag."""
-    return _Scope(None)
+def left_to_xla() -> _Scope:
+    """Returns a context whose convolutions are left to XLA, inside `accelerate` too."""
+    return _Scope(_XLA)
 
 
 @overload
@@ -96,9 +99,10 @@ def accelerate(f: Callable[..., Any], *, pointwise: bool = False) -> Callable[..
 def accelerate(f=None, *, pointwise=False):
     """Makes depthwise convolutions fast on CPU in any JAX code: a context manager and a decorator.
 
-    Convolutions that are traced inside are tagged, like those of `depthwise_conv2d`, and compiled
-    as sums over taps; so are those that autodiff and `vmap` derive from them. Nothing else changes:
-    not what is not depthwise (but see `pointwise`), not GPU or TPU, not the jaxpr.
+    Convolutions that are traced inside are tagged, like those of `depthwise_conv2d`; of them, and
+    of those that autodiff and `vmap` derive from them, the depthwise ones are compiled as sums over
+    taps. Nothing else changes: not what is not depthwise (but see `pointwise`), not
+    `method="lax"`, not GPU or TPU, not the jaxpr.
 
     A function that `jax.jit` compiled outside is compiled anew when it is called inside, and back.
 
@@ -132,9 +136,10 @@ def accelerate(f=None, *, pointwise=False):
 
 @functools.lru_cache(maxsize=1024)
 def _plan(tag: str, lhs: Any, rhs: Any, out: Any, **params: Any) -> Callable[..., jax.Array] | None:
-    """Returns the jitted function (lhs, rhs) -> out of a convolution of the tag's, else None.
+    """Returns the jitted function (lhs, rhs) -> out that replaces a convolution of this tag.
 
-    The cache makes equal convolutions of a network one function, which JAX traces and lowers once.
+    Or None, if it is left to the earlier rule. The cache makes equal convolutions of a network one
+    function, which JAX traces and lowers once.
 
     With the groups `c` split off the axis that holds them, every convolution is
 
@@ -143,6 +148,8 @@ def _plan(tag: str, lhs: Any, rhs: Any, out: Any, **params: Any) -> Callable[...
     Forward: q = 1 if it is depthwise, and m is the multiplier. Input gradient: m = 1, and q is the
     multiplier. Kernel gradient: n = 1, and q is the batch; it is the one with `batch_group_count`,
     as JAX's transpose rule makes it. What autodiff derives from these again has no other form.
+    `vmap` over one operand can make the 1 larger. So is that of a grouped convolution which is not
+    depthwise, hence it counts in what derives from this package's own only.
     """
     lhs_spec, rhs_spec, out_spec = params["dimension_numbers"]
     batch_groups = params["batch_group_count"]
@@ -171,12 +178,10 @@ def _plan(tag: str, lhs: Any, rhs: Any, out: Any, **params: Any) -> Callable[...
         for i in range(2, len(lhs_spec))
     ]
     if batch_groups > 1 and _taps.is_kernel_gradient(axes):
-        pairs = min(n, m)
-        algorithm = _sum_examples
+        algorithm, one = _sum_examples, min(n, m) == 1
     else:
-        pairs = min(q, m)
-        algorithm = _sum_contracted
-    depthwise = groups > 1 and pairs <= _MAX_PAIRS
+        algorithm, one = _sum_contracted, min(q, m) == 1
+    depthwise = groups > 1 and (one or tag == _OURS)
     if not depthwise:
         if tag != _SEPARABLE or not _taps.is_product(axes):
             return None
@@ -204,14 +209,11 @@ def _plan(tag: str, lhs: Any, rhs: Any, out: Any, **params: Any) -> Callable[...
     return jax.jit(compute)
 
 
-# A depthwise convolution pairs few features within a group: both its multiplier and an axis of
-# `vmap` in the worst case. A grouped convolution with more is not one.
-_MAX_PAIRS = 4
 _DTYPES = {"float16", "bfloat16", "float32", "float64"}
 
 
 def _sum_examples(x: jax.Array, g: jax.Array, axes: Sequence[_taps.Axis]) -> jax.Array:
-    """The kernel gradient of every pair of `n` and `m`, one of which is 1."""
+    """The kernel gradient of every pair of `n` and `m`."""
     gradient = functools.partial(_taps.kernel_gradient, axes=axes)
     if x.shape[0] == g.shape[0] == 1:
         return gradient(x[0], g[0])[None, None]
@@ -239,22 +241,15 @@ def _materialize(*arrays: jax.Array) -> Sequence[jax.Array]:
     Without dimensions of size 1: XLA gives them any layout, and then copies the array for the call.
     """
     squeezed = [lax.squeeze(x, [d for d, size in enumerate(x.shape) if size == 1]) for x in arrays]
-    squeezed = _called(_identity, *squeezed)
+    # In a network, operands are expressions, and XLA:CPU fuses an expression into each of its
+    # readers. When it does, an `optimization_barrier` is gone already; a call that is not inlined
+    # stays, and costs nothing.
+    with set_xla_metadata(inlineable="false"):
+        squeezed = _identity(*squeezed)
     return [x.reshape(array.shape) for x, array in zip(squeezed, arrays, strict=True)]
 
 
 _identity = jax.jit(lambda *arrays: arrays)
-
-
-def _called(jitted: Callable[..., Any], *arrays: jax.Array) -> Any:
-    """Calls a jitted function so that XLA fuses nothing into it and nothing out of it.
-
-    In a network, operands are expressions, and XLA:CPU fuses an expression into each of its
-    readers. When it does, an `optimization_barrier` is gone already; a call that is not inlined
-    stays, and costs nothing.
-    """
-    with set_xla_metadata(inlineable="false"):
-        return jitted(*arrays)
 
 
 def _register() -> None:
@@ -272,14 +267,17 @@ def _register() -> None:
         def rule(ctx, lhs, rhs, **params):
             compute = None
             try:
-                tag = (ctx.jaxpr_eqn_ctx.xla_metadata or {}).get(_KEY)
-                if tag is not None:
+                tag = (ctx.jaxpr_eqn_ctx.xla_metadata or {}).get(_KEY, _XLA)
+                if tag != _XLA:
                     compute = _plan(tag, *ctx.avals_in, *ctx.avals_out, **params)
             except AttributeError as error:
                 _warn(str(error))
             if compute is None:
                 return earlier(ctx, lhs, rhs, **params)
-            return lower_fun(compute, multiple_results=False)(ctx, lhs, rhs)
+            # As it was traced: where x64 is off by now, float64 would become float32.
+            wide = any(aval.dtype == "float64" for aval in (*ctx.avals_in, *ctx.avals_out))
+            with jax.enable_x64(True) if wide else contextlib.nullcontext():
+                return lower_fun(compute, multiple_results=False)(ctx, lhs, rhs)
 
         mlir.register_lowering(primitive, rule, platform="cpu")
     except (ImportError, AttributeError, KeyError, TypeError) as error:

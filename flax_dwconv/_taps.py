@@ -145,8 +145,8 @@ class Run:
 # What is to be summed up: {tap: product}, or of a kernel gradient {(group, position): product}. A
 # "row" is the terms of a key but its last number: a row of the kernel, or a group.
 Terms = dict[tuple[int, ...], jax.Array]
-# Where an image is read: (position, counts, steps) -> `(n, *counts, c)`.
-Window = Callable[[Sequence[int], Sequence[int], Sequence[int]], jax.Array]
+# Reads an image: (position, counts, steps) -> `(n, *counts, c)`.
+Reader = Callable[[Sequence[int], Sequence[int], Sequence[int]], jax.Array]
 
 
 # How much is compiled depends on how much there is to compute: from how many elements on, of the
@@ -223,6 +223,8 @@ def _convolve(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis]) -> jax.Arra
         partial = [run.count < axis.out for _, axis in parts for _, run in axis.reads().values()]
         if few := sum(partial) <= pads:
             pads -= sum(partial)
+            lengths.append(len(partial))
+        elif len(partial) > most:  # already; along 4,096 taps, `runs` would take seconds
             lengths.append(len(partial))
         else:
             lengths.append(sum(len(run.taps) for _, axis in parts for run in axis.runs()))
@@ -379,7 +381,7 @@ def _tiles(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis], together: int)
     x = _crop(x, [-axis.low for axis in axes], reach)
     shape = (x.shape[0], *blocks, x.shape[-1])
 
-    def add(outputs: Sequence[Terms], window: Window, kernel: jax.Array) -> list[jax.Array]:
+    def add(outputs: Sequence[Terms], window: Reader, kernel: jax.Array) -> list[jax.Array]:
         images = functools.cache(
             lambda *at: window(at, blocks, [*steps[:-1], steps[-1] * together])
         )
@@ -411,7 +413,9 @@ def _tiles(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis], together: int)
         return lax.fori_loop(0, math.prod(grid), step, sums, unroll=2)
 
     if looped:
-        sums = [jnp.zeros(shape, x.dtype)] * together
+        # Sharded, and varying in a `shard_map`, as what is added to them.
+        like = _window(x, [0] * spatial, blocks, [*steps[:-1], steps[-1] * together])
+        sums = [lax.full_like(like, 0)] * together
         pieces = -(-sizes[-1] * together // _LOOP_PRODUCTS)
         width = -(-sizes[-1] // pieces)
         rest = sizes[-1] % width
@@ -502,7 +506,7 @@ def kernel_gradient(x: jax.Array, g: jax.Array, axes: Sequence[Axis]) -> jax.Arr
 
 
 def _gradients(
-    window: Window,
+    window: Reader,
     g: jax.Array,
     axes: Sequence[Axis],
     first: Sequence[int],
@@ -553,7 +557,8 @@ def _gradients(
         if blocks < 2:
             return [(some, 1)]
         every = every[: blocks * width]
-        others = [p for p in some if p not in every]
+        regular = set(every)  # a signal may have 100,000 positions
+        others = [p for p in some if p not in regular]
         return [(every[:width], blocks)] + [(others, 1)] * bool(others)
 
     def build(chosen: tuple[tuple[list[int], int], ...], most: int) -> list[jax.Array]:
@@ -669,7 +674,7 @@ def _window(
     return lax.slice(x, (0, *start, 0), (x.shape[0], *stop, x.shape[-1]), (1, *steps, 1))
 
 
-def _moving_window(x: jax.Array, start: Sequence[Any]) -> Window:
+def _moving_window(x: jax.Array, start: Sequence[Any]) -> Reader:
     """Returns a function like `_window` of `x`, whose positions count from `start`."""
     shifted = functools.cache(lambda d, a: start[d] + a)
 

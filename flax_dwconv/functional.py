@@ -111,7 +111,7 @@ def depthwise_conv2d(
         for axis, pads in zip(window.spatial_axes, padding, strict=True):
             sizes[axis] = (*pads, 0)
         x, padding = lax.pad(x, jnp.zeros((), x.dtype), sizes), "VALID"
-    tag = _cpu.tagged if method == "auto" else _cpu.untagged
+    tag = _cpu.tagged if method == "auto" else _cpu.left_to_xla
     with tag():
         y = lax.conv_general_dilated(
             x,

@@ -50,8 +50,7 @@ def strict_jax():
 
 @pytest.fixture
 def x64():
-    """float64 for one test: `jax.enable_x64` is younger than our oldest JAX, `jax.experimental`'s
-    older than our newest, the flag is in all of them."""
+    """float64 for one test."""
     yield from _config(jax_enable_x64=True)
 
 

@@ -6,6 +6,7 @@ Operands are small integers in floating point, so that every order of summation 
 import functools
 import re
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -136,6 +137,10 @@ def fori(f):
         return lax.fori_loop(0, 2, lambda i, xk: vjp(f)(x, xk[1] % 5, g), (x, k))
 
     return run
+
+
+def scan_once(f):
+    return lambda x, k: lax.scan(lambda c, k: (c, f(x, k)), 0, k[None])[1][0]
 
 
 @pytest.mark.parametrize("name", GRADIENT_CASES)
@@ -363,14 +368,87 @@ def test_untagged_and_not_depthwise_run_as_before():
     assert "stablehlo.convolution" in text(lambda x, k: plain(x, k), x, kernel.reshape(3, 3, 1, -1))
 
 
+@pytest.mark.parametrize("features", [(2, 2), (2, 6), (4, 4), (4, 32)])
+def test_grouped_convolutions_run_as_before(features):
+    """Forward, gradients and `vmap`: several features of the input meet several of the output."""
+    q, m = features
+    rng = np.random.default_rng(0)
+    x, kernel = integers(rng, (2, 6, 6, 2 * q)), integers(rng, (3, 3, q, 2 * m))
+
+    def f(x, kernel):
+        spec = ("NHWC", "HWIO", "NHWC")
+        return lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=spec, feature_group_count=2
+        )
+
+    def step(x, kernel, g):
+        return f(x, kernel), vjp(f)(x, kernel, g)
+
+    args = x, kernel, f(x, kernel)
+    for axes in (None,) * 3, (0, None, None), (None, 0, None), (0, 0, 0):
+        mapped = [a if axis is None else jnp.stack([a, 1 - a])
+                  for a, axis in zip(args, axes, strict=True)]  # fmt: skip
+        make = jax.vmap(step, axes) if any(axis == 0 for axis in axes) else step
+        assert text(flax_dwconv.accelerate(make), *mapped).count("stablehlo.convolution") == 3
+
+
+@pytest.mark.parametrize("axes", [(0, None, None), (None, 0, None)])
+def test_vmap_of_a_large_multiplier(axes):
+    """Which makes grouped convolutions with many features on both sides."""
+    rng = np.random.default_rng(0)
+    args = [integers(rng, shape) for shape in ((1, 6, 5, 2), (3, 3, 2, 6), (1, 6, 5, 12))]
+    args = [a if axis is None else jnp.stack([a - i for i in range(5)])
+            for a, axis in zip(args, axes, strict=True)]  # fmt: skip
+    check(lambda f: jax.vmap(vjp(f), axes), "3x3", *args)
+
+
 @pytest.mark.parametrize(
     ("shape", "dtype"),
-    [((0, 6, 6, 3), "float32"), ((1, 6, 6, 3), "int32"), ((1, 6, 6, 3), "complex64")],
+    [((0, 6, 6, 3), "float32"), ((1, 6, 6, 3), "int32"), ((1, 6, 6, 1), "float32")],
 )
 def test_what_is_left_to_xla(shape, dtype):
-    x = jnp.ones(shape, dtype)
-    y = jax.jit(depthwise_conv2d)(x, jnp.ones((3, 3, 3, 1), dtype))
-    np.testing.assert_array_equal(y, np.full((shape[0], 4, 4, 3), 9, dtype))
+    x, kernel = jnp.ones(shape, dtype), jnp.ones((3, 3, shape[-1], 1), dtype)
+    lowered = jax.jit(depthwise_conv2d).lower(x, kernel)
+    assert "stablehlo.convolution" in lowered.as_text()
+    y = lowered.compile()(x, kernel)
+    np.testing.assert_array_equal(y, np.full((shape[0], 4, 4, shape[-1]), 9, dtype))
+
+
+def test_complex_numbers_are_three_real_convolutions():
+    """As JAX's own rule for CPU computes them."""
+    parts = [operands("3x3 stride 2", seed=seed) for seed in (0, 1)]
+    args = [lax.complex(a, b) for a, b in zip(*parts, strict=True)]
+    check(lambda f: lambda x, k: (f(x, k), *vjp(f)(x, k, f(x, k))), "3x3 stride 2", *args)
+
+
+@pytest.mark.parametrize("name", ["3x3 stride 2", "9x11 in a loop"])
+def test_float64_is_lowered_where_it_is_off(name):
+    """As it was traced, inside `enable_x64`: a part of a function, and a function that was."""
+    x, kernel = map(np.asarray, operands(name))
+
+    def step(method, x, kernel):
+        with jax.enable_x64(True):
+            x, kernel = x.astype("float64") + (2.0**30 + 1), kernel.astype("float64")
+            y, vjp = jax.vjp(convolution(name, method), x, kernel)
+            return [(a % 64).astype("float32") for a in (y, *vjp(y % 64))]
+
+    fast, slow = (jax.jit(functools.partial(step, method)) for method in ("auto", "lax"))
+    with jax.enable_x64(False):
+        assert "stablehlo.convolution" not in fast.lower(x, kernel).as_text()
+        jax.tree.map(np.testing.assert_array_equal, fast(x, kernel), slow(x, kernel))
+        with jax.enable_x64(True):
+            x, kernel = (jnp.asarray(a, "float64") for a in (x, kernel))
+            traced = jax.jit(convolution(name, "auto")).trace(x, kernel)
+        assert traced.lower().compile().out_info.dtype == "float64"
+
+
+def test_a_long_signal_is_lowered_in_time():
+    """Ten seconds of audio. What is done in Python grows with the length, not with its square."""
+    x, kernel = jnp.ones((1, 160_000, 2)), jnp.ones((5, 1, 2))
+    fast = flax_dwconv.accelerate(jax.jit(vjp(functools.partial(plain, rank=1))))
+    start = time.perf_counter()
+    assert "stablehlo.convolution" not in fast.lower(x, kernel, x).as_text()
+    assert time.perf_counter() - start < 20  # 1 s; 6 minutes with a search of a list
 
 
 def computations(f, *args):
@@ -451,12 +529,23 @@ def test_accelerate_scopes():
         thread.start()
         thread.join()
         assert seen == [False]  # a scope is the thread's own
-        # "lax" is never tagged.
-        assert not uses_taps(lambda x, k: depthwise_conv2d(x, jnp.moveaxis(k, 2, 3), method="lax"))
     assert not uses_taps(lambda x, k: plain(x, k))
     with pytest.raises(KeyError), scope:
         raise KeyError
     assert not uses_taps(lambda x, k: plain(x, k))
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint, scan_once])
+def test_accelerate_leaves_the_lax_method_alone(wrap):
+    """The derivatives too, which are traced inside `accelerate`."""
+    x, kernel = operands("3x3")
+    f = wrap(convolution("3x3", "lax"))
+
+    def step(x, k):
+        return jax.jvp(jax.grad(lambda x, k: (f(x, k) ** 2).sum(), (0, 1)), (x, k), (x, k))
+
+    with_it, without = (text(g, x, kernel) for g in (flax_dwconv.accelerate(step), step))
+    assert with_it.count("stablehlo.convolution") == without.count("stablehlo.convolution") > 0
 
 
 def test_accelerate_decorates():

@@ -148,7 +148,7 @@ def kind(array):
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
 @pytest.mark.parametrize("where", [0, 1, 2], ids=["image", "kernel", "cotangent"])
 def test_what_is_not_finite_propagates_as_in_lax(case, value, where):
-    """To the same elements, with one exception.
+    """To the same elements, with an exception here, and another one below.
 
     A pad is no element of a sum in the definition. It is a 0 in XLA's convolution and in our padded
     images, while images in regions leave it out: where an infinite or NaN weight (or cotangent)
@@ -168,8 +168,20 @@ def test_what_is_not_finite_propagates_as_in_lax(case, value, where):
             assert not differs.any()
 
 
+def test_a_pixel_that_is_not_a_number_and_a_kernel_over_the_whole_image(much_effort):
+    """The second exception: there it is the kernel that is padded, and 0 * NaN is NaN."""
+    x = np.ones((2, 7, 7, 2), np.float32)
+    x[0, 0, 0, 0] = np.nan
+    kernel = np.ones((7, 7, 2, 1), np.float32)
+    ours, theirs = (
+        np.isnan(depthwise_conv2d(x, kernel, padding="same", method=m)) for m in ("auto", "lax")
+    )
+    assert theirs[0, :4, :4, 0].all() and theirs.sum() == 16
+    assert ours[0, :, :4, 0].all() and ours.sum() == 28
+
+
 def test_an_infinite_weight_and_a_pad(much_effort):
-    """The exception, in one case: 0 * inf at the first row and column, which read pads."""
+    """The first exception, in one case: 0 * inf at the first row and column, which read pads."""
     x, kernel = np.ones((1, 4, 4, 2), np.float32), np.ones((3, 3, 2, 1), np.float32)
     kernel[0, 0] = np.inf
     f = functools.partial(depthwise_conv2d, padding="same")

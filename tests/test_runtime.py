@@ -86,7 +86,7 @@ def test_threads_compile_at_once_and_do_not_tag_each_other():
         for inside in (i % 2, 1, 0, i % 2):
             with scope if inside else flax_dwconv.accelerate():
                 if not inside:
-                    with _cpu.untagged():
+                    with _cpu.left_to_xla():
                         lowered = jitted.lower(x, kernel)
                 else:
                     lowered = jitted.lower(x, kernel)
@@ -142,7 +142,7 @@ def test_exceptions_leave_only_their_own_scope():
             for _ in range(3):
                 with pytest.raises(ValueError, match="on purpose"), scope:
                     fails()
-                with pytest.raises(KeyError), _cpu.untagged():
+                with pytest.raises(KeyError), _cpu.left_to_xla():
                     seen.append(tagged())
                     raise KeyError
                 seen.append(tagged())
