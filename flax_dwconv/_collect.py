@@ -17,8 +17,9 @@ def collect_constraints(model: Any, *example_inputs: Any, **kwargs: Any) -> Mapp
     """Returns the constraints of every layer in a model, for `constrain`.
 
     Args:
-      model: a linen or an nnx module that holds our layers at any depth. A linen model is traced,
-        not run, so that shapes will do for inputs.
+      model: a linen or an nnx module that holds our layers at any depth, but for those on the
+        other side of an `nnx.bridge`. A linen model is traced, not run, so that shapes will do for
+        inputs.
       *example_inputs: what a linen model is called with; nnx models need none.
       **kwargs: its keyword arguments.
 
@@ -81,9 +82,11 @@ def _of_linen(model, args, kwargs):
 
     def box_parameters(call, args, kwargs, context):
         layer, own = context.module, {}
+        if not isinstance(layer, _layer.Settings):
+            return call(*args, **kwargs)
         for prefix in _layer.PARAMETERS.values():
-            constraint = getattr(layer, f"{prefix}_constraint", None)
-            if isinstance(layer, _layer.Settings) and constraint is not None:
+            constraint = getattr(layer, f"{prefix}_constraint")
+            if constraint is not None:
                 asked[id(constraint)] = constraint
                 name = f"{prefix}_initializer"
                 own[name] = getattr(layer, name)

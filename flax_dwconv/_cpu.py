@@ -19,6 +19,7 @@ If one of them goes away, one warning says so and XLA compiles every convolution
 
 import contextlib
 import functools
+import inspect
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -66,6 +67,9 @@ class _Scope(threading.local):
     def __call__(self, f: Callable[..., Any]) -> Callable[..., Any]:
         if not callable(f):
             raise TypeError(f"`f` must be a function or None, got {type(f).__name__}.")
+        if inspect.iscoroutinefunction(f) or inspect.isgeneratorfunction(f):
+            # It would run after the scope. Inside, others would run in the scope.
+            raise TypeError("`f` must not be a generator function or a coroutine function.")
 
         def inside(g):
             @functools.wraps(g)
@@ -113,7 +117,8 @@ def accelerate(f=None, *, pointwise=False):
         compiled as the matrix products that they are. XLA's convolutions take about twice as long.
 
     Raises:
-      TypeError: if `f` cannot be called, or `pointwise` is not a bool.
+      TypeError: if `f` cannot be called or is a generator or coroutine function, or `pointwise` is
+        not a bool.
 
     Example:
       >>> import flax.linen as nn
@@ -222,10 +227,13 @@ def _sum_examples(x: jax.Array, g: jax.Array, axes: Sequence[_taps.Axis]) -> jax
 
 def _sum_contracted(x: jax.Array, kernel: jax.Array, axes: Sequence[_taps.Axis]) -> jax.Array:
     """The convolution, summed over `q`."""
-    convolve = functools.partial(_taps.convolve, axes=axes)
-    if x.shape[1] == 1:
-        return convolve(x[:, 0], kernel[:, 0])
-    return jax.vmap(convolve, (1, 1))(x, kernel).sum(0)
+    q = x.shape[1]
+    if q == 1:
+        return _taps.convolve(x[:, 0], kernel[:, 0], axes)
+    # One more dimension, that has one window: `q` times as many taps in one pass. As `q`
+    # convolutions that are summed up afterwards, an input gradient takes 1.3 to 13 times as long.
+    summed = _taps.Axis(q, kernel=q, out=1, stride=1, low=0, lhs_dilation=1, rhs_dilation=1)
+    return lax.squeeze(_taps.convolve(x, kernel, [summed, *axes]), [2])
 
 
 def _groups_last(x: jax.Array, spec: Sequence[int], grouped: int, groups: int) -> jax.Array:

@@ -153,7 +153,7 @@ class Settings:
         settings, whole = config, {}
         if "class_name" in config and "config" in config:
             settings, whole = config["config"], config
-            if whole["class_name"] != "DepthwiseConv2D" or not is_of_keras(whole.get("module")):
+            if whole["class_name"] != "DepthwiseConv2D" or not is_of_keras(whole):
                 names = " of ".join(repr(whole[k]) for k in ("class_name", "module") if k in whole)
                 raise ValueError(f"`config` must be of Keras's DepthwiseConv2D, got {names}.")
             if not isinstance(settings, Mapping):
@@ -400,8 +400,14 @@ _VOCABULARY = {
 }
 
 
-def is_of_keras(module: Any) -> bool:
-    """Whether the "module" of a serialized object is Keras's, or that of an old config: None."""
+def is_of_keras(node: Mapping[str, Any]) -> bool:
+    """Whether a serialized object is Keras's: its module is, or it has none, as in old configs.
+
+    A custom one has another module, or none and a registered name "package>Name".
+    """
+    module = node.get("module")
+    if ">" in str(node.get("registered_name")):
+        return False
     top = module.partition(".")[0] if isinstance(module, str) else module
     return top in (None, "keras", "tf_keras", "tensorflow")
 

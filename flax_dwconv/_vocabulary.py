@@ -48,7 +48,7 @@ class Vocabulary:
 
     def get(self, identifier) -> Any:
         """Returns the callable that `identifier` stands for."""
-        identifier = _as_config(identifier)
+        identifier = _as_config(identifier, self.names)
         if identifier is None:
             return self.none
         if isinstance(identifier, str):
@@ -106,6 +106,10 @@ class Vocabulary:
             )
         if not isinstance(module, str | None):
             raise TypeError(f"{self._complaint()} 'module' must be a name, got {show(module)}.")
+        if ">" in str(identifier.get("registered_name")):
+            raise ValueError(
+                f"{self._complaint()} {show(identifier['registered_name'])} is a custom object."
+            )
         if module is not None and module.partition(".")[0] not in _KERAS_MODULES:
             raise ValueError(
                 f"{self._complaint()} 'module' must be one of Keras's, {show(name)} of another one "
@@ -166,7 +170,7 @@ _DIALECT = ("module", "class_name", "config", "registered_name", "build_config",
 _KERAS_MODULES = ("keras", "tf_keras", "tensorflow", "builtins")
 
 
-def _as_config(identifier):
+def _as_config(identifier, names):
     """Turns an object or class of an installed Keras into its identifier; leaves the rest alone.
 
     Keras's own objects compute with Keras's backend, and its initializers take no key.
@@ -176,6 +180,9 @@ def _as_config(identifier):
         return identifier
     if inspect.isclass(identifier):
         return identifier.__name__
+    if inspect.isfunction(identifier) and identifier.__name__ in names:
+        # Not its "hard_sigmoid", which is another function in Keras 3 than in Keras 2.
+        return identifier if identifier.__name__ == "hard_sigmoid" else identifier.__name__
     if hasattr(identifier, "get_config"):
         return {"class_name": type(identifier).__name__, "config": identifier.get_config()}
     return identifier

@@ -10,7 +10,7 @@ here because the functions of `jax.nn.initializers` multiply in another order an
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -595,6 +595,8 @@ def _fans(shape, input_axes, output_axes):
 
 
 def _seed(value):
+    if isinstance(value, Mapping) and value.get("class_name") == "SeedGenerator":
+        value = (value.get("config") or {}).get("seed")  # what it draws with first
     if value is None:
         return None
     message = f"`seed` must be None or an integer of at most 64 bits, got {show(value)}."

@@ -26,6 +26,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from flax.core import meta
 
 from flax_dwconv import _layer, linen
 
@@ -159,6 +160,7 @@ def to_keras(layer: _layer.Settings, variables: Mapping[str, Any]) -> Any:
       (1, 6, 6, 4)
     """
     config = to_config(layer)["config"]
+    variables = meta.unbox(variables)
     params = variables.get("params") if isinstance(variables, Mapping) else None
     names = list(layer._parameters(1))
     if not isinstance(params, Mapping) or set(params) != set(names):
@@ -327,7 +329,7 @@ def _model(config: Any) -> Mapping[str, Any]:
 
 
 def _is_depthwise(node: Mapping[str, Any]) -> bool:
-    return node["class_name"] == "DepthwiseConv2D" and _layer.is_of_keras(node.get("module"))
+    return node["class_name"] == "DepthwiseConv2D" and _layer.is_of_keras(node)
 
 
 def _walk(node: Mapping[str, Any], names: tuple[str, ...], path: str) -> Iterator[_Entry]:
@@ -420,9 +422,6 @@ def _weights(root: Any, entry: _Entry) -> list[Any] | None:
             )
         if len(found) == 1:
             return _values(_child(root, f"{parent}/{found[0]}"))
-        model = path.rpartition("/layers/")[0]
-        if "shared_object_id" not in entry.node:
-            _child(root, model or path)  # raises
         return None
     return _values(group)
 

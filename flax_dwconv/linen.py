@@ -85,7 +85,8 @@ class DepthwiseConv2D(_layer.Settings, nn.Module):
         """Applies the layer to images; shapes as in the class's description."""
         channels = None
         if self.has_variable("params", "kernel"):
-            channels = meta.unbox(self.get_variable("params", "kernel")).shape[2]
+            kernel = meta.unbox(self.get_variable("params", "kernel"))
+            channels = kernel.shape[2] if kernel.ndim == 4 else None  # else Flax says so
         x = self._check_input(x, channels)
         parameters = {
             name: self.param(name, parameter.initializer, parameter.shape, self.param_dtype)

@@ -54,7 +54,9 @@ class DepthwiseConv2D(nnx.Module, _layer.Settings):
         total_loss(nnx.state(model, Loss))
 
     sums those of a model. Under `nnx.capture(model, Loss)` a call returns the penalties instead,
-    and a layer that is called twice adds its activities, as in linen. `with_penalties` is pure.
+    and a layer that is called twice adds its activities, as in linen. A layer with penalties is
+    changed by a call, so that it has to be an argument of `nnx.jit` and the like, not a part of the
+    function's closure. `with_penalties` is pure.
 
     Args:
       in_features: `c`, the number of input channels.
@@ -140,9 +142,9 @@ class DepthwiseConv2D(nnx.Module, _layer.Settings):
 
     def _apply(self, x):
         x = self._check_input(x, self.kernel.shape[2])
-        parameters = {"kernel": self.kernel.get_value()}
+        parameters = {"kernel": self.kernel[...]}
         if self.bias is not None:
-            parameters["bias"] = self.bias.get_value()
+            parameters["bias"] = self.bias[...]
         y = self._forward(x, **parameters)
         return y, self._penalties(y, **parameters)
 

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import meta
 
 from flax_dwconv import _geometry
 
@@ -199,7 +200,7 @@ def _hwio(params: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray | None]:
     """Returns our parameters as a kernel (kh, kw, 1, c*m) and a bias, checked."""
     if not isinstance(params, Mapping):
         raise TypeError(f"`params` must be a dict, got {type(params).__name__}.")
-    kernel, bias = _entries(params, "params", ("kernel", "bias"), 1)
+    kernel, bias = _entries(meta.unbox(params), "params", ("kernel", "bias"), 1)
     if kernel.ndim != 4:
         raise ValueError(f"`kernel` must have shape (kh, kw, c, m), got {kernel.shape}.")
     kh, kw, c, m = kernel.shape

@@ -31,8 +31,8 @@ ALLOWED = {
     "_collect": {"_layer", "constraints", "flax"},
     "linen": {"_layer", "flax"},
     "nnx": {"_geometry", "_layer", "flax"},
-    "keras_io": {"_layer", "linen"},
-    "torch_io": {"_geometry"},
+    "keras_io": {"_layer", "linen", "flax"},
+    "torch_io": {"_geometry", "flax"},
     "__init__": None,  # everything of the package, nothing else
     "__main__": None,  # a program: a user of the library
     "benchmark": None,

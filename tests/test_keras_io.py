@@ -5,6 +5,7 @@ import json
 import sys
 import zipfile
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -412,6 +413,67 @@ def test_a_custom_object_beside_the_layer_is_not_touched(tmp_path):
     weights = {name.replace("2d/", "2d_1/"): array for name, array in GOOD.items()}
     loaded = keras_io.load(write_keras(tmp_path / "m.keras", config, weights))
     assert list(loaded) == ["dw"]
+
+
+def test_a_custom_object_with_the_name_of_a_keras_one(tmp_path):
+    """Keras 3 writes no module for what a user registers, but the package."""
+    custom = depthwise("own") | {"module": None, "registered_name": "pkg>DepthwiseConv2D"}
+    weights = GOOD | {name.replace("2d/", "2d_1/"): array for name, array in GOOD.items()}
+    path = write_keras(tmp_path / "m.keras", model_of(custom, depthwise()), weights)
+    assert list(keras_io.load(path)) == ["dw"]
+    with pytest.raises(ValueError, match="`config` must be of Keras's DepthwiseConv2D"):
+        keras_io.from_config(custom)
+    penalty = {"module": None, "class_name": "L2", "config": {}, "registered_name": "pkg>L2"}
+    with pytest.raises(ValueError, match="`regularizer` identifier: 'pkg>L2' is a custom object"):
+        DepthwiseConv2D(3, depthwise_regularizer=penalty)
+
+
+def test_a_seed_generator(keras):
+    """A generator draws first with its own seed."""
+    theirs = keras.initializers.RandomNormal(seed=keras.random.SeedGenerator(3))
+    layer = keras.layers.DepthwiseConv2D(3, depthwise_initializer=theirs)
+    layer.build((None, 8, 8, 4))
+    ours, variables = keras_io.from_keras(layer)
+    assert ours.depthwise_initializer == flax_dwconv.initializers.RandomNormal(seed=3)
+    np.testing.assert_array_equal(variables["params"]["kernel"], layer.weights[0])
+    if keras.backend.backend() == "jax":
+        drawn = ours.init(jax.random.key(0), jnp.ones((1, 8, 8, 4)))["params"]["kernel"]
+        np.testing.assert_array_equal(drawn, layer.weights[0])
+
+
+@pytest.mark.parametrize("form", ["to_json", "get_config"])
+def test_weights_of_a_shared_layer_with_the_config_of_the_model(form, keras, tmp_path):
+    """Which does not say that it is shared, unlike that in a file."""
+    shared = keras.layers.DepthwiseConv2D(3, padding="same", name="dw")
+    inner = keras.Sequential([keras.Input((8, 8, 3)), shared], name="inner")
+    x = keras.Input((8, 8, 3))
+    model = keras.Model(x, shared(inner(x)))
+    model.save_weights(tmp_path / "m.weights.h5")
+    loaded = keras_io.load(tmp_path / "m.weights.h5", config=getattr(model, form)())
+    assert list(loaded) == ["inner/dw", "dw"]
+    for _, variables in loaded.values():
+        np.testing.assert_array_equal(variables["params"]["kernel"], shared.weights[0])
+
+
+def test_boxed_parameters_go_to_keras(keras):
+    names = (None, None, "channels", None)
+    ones = nn.with_partitioning(nn.initializers.ones, names)
+    variables = DepthwiseConv2D(3, depthwise_initializer=ones).init(
+        jax.random.key(0), jnp.ones((1, 4, 4, 2))
+    )
+    theirs = keras_io.to_keras(DepthwiseConv2D(3), variables)
+    np.testing.assert_array_equal(theirs.weights[0], np.ones((3, 3, 2, 1)))
+
+
+def test_functions_of_keras_are_ours(keras):
+    """They compute on its own backend."""
+    layer = DepthwiseConv2D(3, activation=keras.activations.relu)
+    assert layer == DepthwiseConv2D(3, activation="relu")
+    assert flax_dwconv.activations.get(keras.activations.gelu) is flax_dwconv.activations.get(
+        "gelu"
+    )
+    theirs = keras.activations.hard_sigmoid  # another function than Keras 2's, and ours
+    assert flax_dwconv.activations.get(theirs) is theirs
 
 
 def test_a_custom_wrapper_with_an_attribute_of_another_name(tmp_path):

@@ -562,6 +562,18 @@ def test_accelerate_decorates():
         flax_dwconv.accelerate(3)
 
 
+def test_accelerate_refuses_what_runs_after_the_scope():
+    async def coroutine():
+        pass
+
+    def generator():
+        yield
+
+    for f in coroutine, generator:
+        with pytest.raises(TypeError, match="`f` must not be a generator function or a coroutine"):
+            flax_dwconv.accelerate(f)
+
+
 def test_calling_again_traces_once():
     traces = []
 

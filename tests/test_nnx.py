@@ -422,6 +422,16 @@ def test_stack_of_stacks():
     np.testing.assert_allclose(np.linalg.norm(projected, axis=2), 1, rtol=1e-5)
 
 
+def test_arrays_in_place_of_params():
+    """As `nnx.Conv` takes them."""
+    layer = build()
+    x = oracle.normals(0, 1, 5, 5, 3)
+    y = layer(x)
+    np.testing.assert_array_equal(nnx.as_pure(layer)(x), y)
+    layer.kernel = 2 * layer.kernel[...]
+    np.testing.assert_array_equal(layer(x), 2 * y)
+
+
 # Partitioning
 
 

@@ -137,6 +137,13 @@ def test_tensors_that_numpy_does_not_take():
     np.testing.assert_array_equal(params["kernel"].astype(jnp.float32), wanted)
 
 
+def test_boxed_parameters():
+    """As `nn.with_partitioning` makes them."""
+    boxed = {name: nn.Partitioned(value, names=()) for name, value in PARAMS.items()}
+    for convert in torch_io.to_torch, torch_io.to_flax:
+        jax.tree.map(np.testing.assert_array_equal, convert(boxed), convert(PARAMS))
+
+
 def test_an_equinox_layer():
     eqx = pytest.importorskip("equinox")
     conv = eqx.nn.Conv2d(4, 8, 3, groups=4, key=jax.random.key(0))

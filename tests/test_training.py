@@ -274,6 +274,18 @@ def test_collect_from_the_layer_itself_and_from_boxes():
     assert collect_constraints(nn.Dense(2), jnp.ones((1, 2))) == {"kernel": None, "bias": None}
 
 
+def test_collect_beside_a_bridge_to_nnx():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = DepthwiseConv2D(3, depthwise_constraint="non_neg", name="d")(x)
+            return nnx.bridge.to_linen(nnx.Linear, 2, 2, name="l")(x)
+
+    asked = collect_constraints(Model(), jnp.ones((1, 4, 4, 2)))
+    assert asked["d"] == {"kernel": NON_NEG, "bias": None}
+    assert not jax.tree.leaves(asked["l"])
+
+
 def test_collect_refuses_what_is_no_module():
     with pytest.raises(TypeError) as error:
         collect_constraints({"kernel": UNIT})
