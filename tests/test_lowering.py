@@ -15,7 +15,7 @@ import pytest
 from jax import lax
 
 import flax_dwconv
-from flax_dwconv import _taps, activations, depthwise_conv2d
+from flax_dwconv import _cpu, _taps, activations, depthwise_conv2d
 
 # kernel size, strides, padding, dilation rate, multiplier, channels_first, image size
 CASES = {
@@ -467,6 +467,15 @@ def test_operands_are_computed_once():
     ):
         loops = [loop for loop in computations(make, x, kernel, g) if " floor(" in loop]
         assert loops and not any(" slice(" in loop for loop in loops)
+
+
+@pytest.mark.parametrize("channels", [2, 3 * _cpu._FEW_CHANNELS])
+def test_a_multiplier_with_few_and_many_channels(channels):
+    """Few are copied for kernel gradients too."""
+    name = "3x3 strides and multiplier"
+    x, kernel = operands(name, channels=channels)
+    check(lambda f: lambda x, k, g: (f(x, k), vjp(f)(x, k, g)), name, x, kernel,
+          cotangent(name, x, kernel))  # fmt: skip
 
 
 def test_an_activation_is_part_of_the_loop():

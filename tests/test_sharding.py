@@ -191,8 +191,10 @@ def test_batch_or_channels(layout, eight):
 
 @pytest.mark.parametrize("gradients_inside", [False, True])
 @pytest.mark.parametrize(
-    ("case", "layout"), [*(("3x3", layout) for layout in LOCAL), ("11x11", "batch and channels")]
-)
+    ("case", "layout"),
+    [*(("3x3", layout) for layout in LOCAL),
+     *((case, "batch and channels") for case in ("11x11", "5x5 multiplier 2"))],
+)  # fmt: skip
 def test_shard_map_with_checks(case, layout, gradients_inside, eight):
     check(eight(in_shard_map, case, layout, gradients_inside), case, layout)
 
@@ -205,7 +207,7 @@ def attempt(*args):
         return f"{type(error).__name__}: {error}"
 
 
-@pytest.mark.parametrize("case", ["3x3", "11x11"])
+@pytest.mark.parametrize("case", ["3x3", "11x11", "5x5 multiplier 2"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_explicit_sharding_goes_as_far_as_jax(layout, case, eight):
     """Where JAX wants to be told the sharding of the result, it refuses us alike."""
