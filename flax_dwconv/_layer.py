@@ -135,7 +135,9 @@ class Settings:
             value = getattr(self, name)
             if value is jax.nn.hard_sigmoid:
                 value = "hard_sigmoid"
-            config[name] = _VOCABULARY[name].serialize(value) if name in _VOCABULARY else value
+            if name in _VOCABULARY:
+                value = _VOCABULARY[name].VOCABULARY.serialize(value, name)
+            config[name] = value
         if self.precision is not None:
             config["precision"] = [p.name for p in self.precision]
         if self.method != "auto":
@@ -356,13 +358,17 @@ _CONVERTERS: dict[str, Callable[[Any], Any]] = {
     "depth_multiplier": lambda v: _geometry.positive_int(v, "depth_multiplier"),
     "activation": _activation,
     "use_bias": _flag,
-    "depthwise_initializer": lambda v: initializers.get("glorot_uniform" if v is None else v),
-    "bias_initializer": lambda v: initializers.get("zeros" if v is None else v),
-    "depthwise_regularizer": regularizers.get,
-    "bias_regularizer": regularizers.get,
-    "activity_regularizer": regularizers.get,
-    "depthwise_constraint": constraints.get,
-    "bias_constraint": constraints.get,
+    "depthwise_initializer": lambda v: initializers.VOCABULARY.get(
+        "glorot_uniform" if v is None else v, "depthwise_initializer"
+    ),
+    "bias_initializer": lambda v: initializers.VOCABULARY.get(
+        "zeros" if v is None else v, "bias_initializer"
+    ),
+    "depthwise_regularizer": lambda v: regularizers.VOCABULARY.get(v, "depthwise_regularizer"),
+    "bias_regularizer": lambda v: regularizers.VOCABULARY.get(v, "bias_regularizer"),
+    "activity_regularizer": lambda v: regularizers.VOCABULARY.get(v, "activity_regularizer"),
+    "depthwise_constraint": lambda v: constraints.VOCABULARY.get(v, "depthwise_constraint"),
+    "bias_constraint": lambda v: constraints.VOCABULARY.get(v, "bias_constraint"),
     "dtype": lambda v: None if v is None else _dtype(v, "dtype"),
     "param_dtype": lambda v: _dtype(v, "param_dtype"),
     "precision": _precision,

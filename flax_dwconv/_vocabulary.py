@@ -11,32 +11,48 @@ import functools
 import inspect
 import math
 import reprlib
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+
+Identifier = str | Mapping[str, Any] | Callable[..., Any] | type | None
+
+# The top-level packages whose objects are Keras's: of an installed Keras, and in a config.
+KERAS = ("keras", "tf_keras")
+KERAS_IN_CONFIGS = (*KERAS, "tensorflow")
 
 
 @dataclasses.dataclass(frozen=True)
 class Refused:
-    """The table entry of a name that Keras knows and this library cannot honour."""
+    """The table entry of a name that Keras knows and this library cannot honour.
+
+    Attributes:
+        reason: the end of the sentence that begins with the name.
+    """
 
     reason: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Vocabulary:
     """One kind of Keras identifier.
 
     Attributes:
         kind: the word for error messages, such as "regularizer".
-        module: the `module` that a serialised object carries.
+        module: the `module` that a serialized object carries.
         names: name -> class, `functools.partial` of a class, function or `Refused`.
         none: what None stands for.
         ignored: config keys that are read and dropped.
         synonyms: (foreign callable, what it is here), used by `serialize` only.
+        slips: what people write for a name, squashed as by `_squash` and without the kind -> the
+            name. Used for the hint of an error message only.
+        number: the class that a bare number was probably meant for: of the hint only.
+        array: makes the object that an array stands for, of the array and the argument's name; None
+            where an array is no identifier.
     """
 
     kind: str
@@ -45,28 +61,60 @@ class Vocabulary:
     none: Any = None
     ignored: frozenset[str] = frozenset()
     synonyms: tuple[tuple[Any, Any], ...] = ()
+    slips: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    number: type | None = None
+    array: Callable[[Any, str], Any] | None = None
 
-    def get(self, identifier) -> Any:
-        """Returns the callable that `identifier` stands for."""
+    def get(self, identifier: Any, argument: str | None = None) -> Any:
+        """Returns the callable that an identifier stands for.
+
+        Args:
+            identifier: an `Identifier`, or an array in a vocabulary that has a meaning for it.
+            argument: what error messages call the identifier, such as "depthwise_regularizer";
+                None is the kind.
+
+        Returns:
+            The object; what `none` is, for None; a callable that is neither Keras's nor a class,
+            unchanged.
+
+        Raises:
+            TypeError: the identifier, or an argument inside, is of another type.
+            ValueError: a name is unknown, or a value not allowed.
+        """
+        argument = argument or self.kind
         identifier = _as_config(identifier, self.names)
         if identifier is None:
             return self.none
         if isinstance(identifier, str):
-            return self._build(identifier, {})
+            return self._build(argument, identifier, {})
         if isinstance(identifier, Mapping):
-            return self._build(*self._read(identifier))
-        if inspect.isclass(identifier):
-            return self._instantiate(identifier)
-        if callable(identifier):
-            return identifier
-        raise TypeError(
-            f"{self._complaint()} it must be a name, a config dict or a callable, "
-            f"got {show(identifier)}."
-        )
+            return self._build(argument, *_read(argument, identifier))
+        if self.array is not None and isinstance(identifier, np.ndarray | jax.Array):
+            return self.array(identifier, argument)
+        obj = _instance(argument, identifier) if inspect.isclass(identifier) else identifier
+        if not callable(obj):
+            raise TypeError(
+                f"{_complaint(argument)} it must be a name, a config dict or a callable, "
+                f"got {show(identifier)}{self._meant_by_number(identifier)}"
+            )
+        return obj
 
-    def serialize(self, obj) -> Any:
-        """Returns the identifier, made of JSON's types only, from which `get` rebuilds `obj`."""
-        obj = self.get(obj)
+    def serialize(self, obj: Any, argument: str | None = None) -> Any:
+        """Returns the identifier, made of JSON's types only, from which `get` rebuilds an object.
+
+        Args:
+            obj: anything that `get` takes.
+            argument: as for `get`.
+
+        Returns:
+            None, a name, or a config dict in the dialect of Keras 3.
+
+        Raises:
+            TypeError: `get` does not take it.
+            ValueError: nor that, or it has no Keras name.
+        """
+        argument = argument or self.kind
+        obj = self.get(obj, argument)
         obj = next((known for foreign, known in self.synonyms if foreign is obj), obj)
         if obj is None:
             return None
@@ -77,53 +125,17 @@ class Vocabulary:
         for name, entry in self.names.items():
             if entry is obj:
                 return name
-        raise ValueError(f"`{self.kind}` must have a Keras name to be serialized, got {show(obj)}.")
+        raise ValueError(f"`{argument}` must have a Keras name to be serialized, got {show(obj)}.")
 
-    def _complaint(self):
-        return f"Could not interpret `{self.kind}` identifier:"
-
-    def _read(self, identifier):
-        """Splits a config dict of either dialect into name and arguments."""
-        name, config = identifier.get("class_name"), identifier.get("config")
-        module = identifier.get("module")
-        for key in identifier:
-            if key not in _DIALECT:
-                raise ValueError(
-                    f"{self._complaint()} a config dict has no key {show(key)}"
-                    f"{nearest(key, _DIALECT)}"
-                )
-        if name is None:
-            raise ValueError(
-                f"{self._complaint()} a config dict needs a 'class_name', got {show(identifier)}."
-            )
-        if isinstance(name, str) and name == "function" and isinstance(config, str):
-            name, config = config, None  # how Keras 3 writes a plain function
-        config = {} if config is None else config
-        if not isinstance(name, str) or not isinstance(config, Mapping):
-            raise TypeError(
-                f"{self._complaint()} 'class_name' must be a name and 'config' a dict, "
-                f"got {show(identifier)}."
-            )
-        if not isinstance(module, str | None):
-            raise TypeError(f"{self._complaint()} 'module' must be a name, got {show(module)}.")
-        if ">" in str(identifier.get("registered_name")):
-            raise ValueError(
-                f"{self._complaint()} {show(identifier['registered_name'])} is a custom object."
-            )
-        if module is not None and module.partition(".")[0] not in _KERAS_MODULES:
-            raise ValueError(
-                f"{self._complaint()} 'module' must be one of Keras's, {show(name)} of another one "
-                f"is a custom object, got {show(module)}."
-            )
-        return name, config
-
-    def _build(self, name, config):
+    def _build(self, argument: str, name: str, config: Mapping[str, Any]) -> Any:
         """Makes what the table holds under `name`, with the arguments in `config`."""
         entry = self.names.get(name)
         if entry is None:
-            raise ValueError(f"{self._complaint()} got {show(name)}{nearest(name, self.names)}")
+            stem = _squash(name).removesuffix(self.kind)  # "l2_regularizer" is "l2"
+            hint = nearest(name, self.names, self.slips.get(stem, stem))
+            raise ValueError(f"{_complaint(argument)} got {show(name)}{hint}")
         if isinstance(entry, Refused):
-            raise ValueError(f"{self._complaint()} {show(name)} {entry.reason}.")
+            raise ValueError(f"{_complaint(argument)} {show(name)} {entry.reason}.")
         is_class = isinstance(entry, type | functools.partial)
         parameters = inspect.signature(entry).parameters if is_class else {}
         renamed = getattr(entry, "renamed", {})
@@ -132,12 +144,11 @@ class Vocabulary:
             key = renamed.get(key, key)
             if key in parameters:
                 if key in arguments:
-                    raise ValueError(f"`{self.kind}` {name!r} got the argument {key!r} twice.")
+                    raise ValueError(f"`{argument}` {name!r} got the argument {key!r} twice.")
                 arguments[key] = value
             elif key not in self.ignored:
-                raise ValueError(
-                    f"`{self.kind}` {name!r} has no argument {show(key)}{nearest(key, parameters)}"
-                )
+                hint = nearest(key, parameters)
+                raise ValueError(f"`{argument}` {name!r} has no argument {show(key)}{hint}")
         missing = [
             key
             for key, parameter in parameters.items()
@@ -145,38 +156,84 @@ class Vocabulary:
         ]
         if missing:
             raise ValueError(
-                f"`{self.kind}` {name!r} needs a config dict with {_either(missing, 'and')}."
+                f"`{argument}` {name!r} needs a config dict with {_join(missing, 'and')}."
             )
-        return entry(**arguments) if is_class else entry
-
-    def _instantiate(self, cls):
-        """Keras takes a class for an instance of it with default arguments."""
+        if not is_class:
+            return entry
         try:
-            obj = cls()
-        except Exception as error:
-            raise ValueError(
-                f"{self._complaint()} the class {cls.__name__} cannot be made without arguments, "
-                "pass an instance."
-            ) from error
-        if not callable(obj):
-            raise TypeError(
-                f"{self._complaint()} it must be a name, a config dict or a callable, "
-                f"got {show(cls)}."
-            )
-        return obj
+            return entry(**arguments)
+        except (TypeError, ValueError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"`{argument}`: {error}") from None
+
+    def _meant_by_number(self, value: Any) -> str:
+        """Ends the sentence about a value that is no identifier: for a number, with the object."""
+        if self.number is not None:
+            try:
+                self.number(value)
+            except (TypeError, ValueError):
+                pass
+            else:
+                return f", did you mean `{self.number.__name__}({float(value)})`?"
+        return "."
 
 
 _DIALECT = ("module", "class_name", "config", "registered_name", "build_config", "shared_object_id")
-_KERAS_MODULES = ("keras", "tf_keras", "tensorflow", "builtins")
 
 
-def _as_config(identifier, names):
+def _complaint(argument: str) -> str:
+    return f"Could not interpret `{argument}` identifier:"
+
+
+def _read(argument: str, identifier: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """Splits a config dict of either dialect into name and arguments."""
+    complaint = _complaint(argument)
+    name, config = identifier.get("class_name"), identifier.get("config")
+    module = identifier.get("module")
+    for key in identifier:
+        if key not in _DIALECT:
+            hint = nearest(key, _DIALECT)
+            raise ValueError(f"{complaint} a config dict has no key {show(key)}{hint}")
+    if name is None:
+        raise ValueError(f"{complaint} a config dict needs a 'class_name', got {show(identifier)}.")
+    if isinstance(name, str) and name == "function" and isinstance(config, str):
+        name, config = config, None  # how Keras 3 writes a plain function
+    config = {} if config is None else config
+    if not isinstance(name, str) or not isinstance(config, Mapping):
+        raise TypeError(
+            f"{complaint} 'class_name' must be a name and 'config' a dict, got {show(identifier)}."
+        )
+    if not isinstance(module, str | None):
+        raise TypeError(f"{complaint} 'module' must be a name, got {show(module)}.")
+    if ">" in str(identifier.get("registered_name")):
+        raise ValueError(f"{complaint} {show(identifier['registered_name'])} is a custom object.")
+    # Keras 3 writes "builtins" as the module of a plain function.
+    if module is not None and module.partition(".")[0] not in (*KERAS_IN_CONFIGS, "builtins"):
+        raise ValueError(
+            f"{complaint} 'module' must be one of Keras's, {show(name)} of another one "
+            f"is a custom object, got {show(module)}."
+        )
+    return name, config
+
+
+def _instance(argument: str, cls: type) -> Any:
+    """Makes an instance with default arguments: for Keras, a class stands for it."""
+    try:
+        return cls()
+    except Exception as error:
+        raise ValueError(
+            f"{_complaint(argument)} the class {cls.__name__} cannot be made without arguments, "
+            "pass an instance."
+        ) from error
+
+
+def _as_config(identifier: Any, names: Collection[str]) -> Any:
     """Turns an object or class of an installed Keras into its identifier; leaves the rest alone.
 
     Keras's own objects compute with Keras's backend, and its initializers take no key.
     """
     module = getattr(identifier, "__module__", None)
-    if not isinstance(module, str) or module.partition(".")[0] not in ("keras", "tf_keras"):
+    if not isinstance(module, str) or module.partition(".")[0] not in KERAS:
         return identifier
     if inspect.isclass(identifier):
         return identifier.__name__
@@ -188,7 +245,7 @@ def _as_config(identifier, names):
     return identifier
 
 
-def get_config(obj) -> dict[str, Any]:
+def get_config(obj: Any) -> dict[str, Any]:
     """Returns the fields of a vocabulary object as Keras writes them.
 
     A field with the metadata `optional` is left out while it is None, so that a Keras which does
@@ -202,7 +259,7 @@ def get_config(obj) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
-def spellings(*classes) -> dict[str, type]:
+def spellings(*classes: type) -> dict[str, type]:
     """Returns {CamelCase: class, snake_case: class} for each class."""
     names = {}
     for cls in classes:
@@ -217,21 +274,23 @@ def spellings(*classes) -> dict[str, type]:
 # Arguments. Each check returns the value in Python's own types.
 
 
-def assign(obj, **values) -> None:
+def assign(obj: object, **values: Any) -> None:
     """Stores checked values in a frozen dataclass, from its `__post_init__`."""
     for name, value in values.items():
         object.__setattr__(obj, name, value)
 
 
-_RULES = {
+Rule = Literal["finite", "finite non-negative", "finite positive"]
+
+_RULES: dict[Rule, Callable[[float], bool]] = {
     "finite": lambda v: True,
     "finite non-negative": lambda v: v >= 0,
     "finite positive": lambda v: v > 0,
 }
 
 
-def number(name: str, value, rule: str = "finite") -> float:
-    """Checks that a real number, of Python or numpy, obeys a rule of `_RULES`."""
+def number(name: str, value: Any, rule: Rule = "finite") -> float:
+    """Checks that a real number, of Python or numpy, obeys a rule."""
     message = f"`{name}` must be a {rule} number, got {show(value)}."
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         raise TypeError(message)
@@ -244,7 +303,7 @@ def number(name: str, value, rule: str = "finite") -> float:
     return result
 
 
-def integers(name: str, value) -> int | tuple[int, ...]:
+def integers(name: str, value: Any) -> int | tuple[int, ...]:
     """Checks an int or a non-empty list or tuple of different ints, as axes are given."""
     message = f"`{name}` must be an int or a tuple of different ints, got {show(value)}."
     many = isinstance(value, list | tuple)
@@ -257,9 +316,9 @@ def integers(name: str, value) -> int | tuple[int, ...]:
     return items if many else items[0]
 
 
-def choice(name: str, value, allowed: Collection[str]) -> str:
+def choice(name: str, value: Any, allowed: Collection[str]) -> str:
     """Checks a word against the allowed ones."""
-    message = f"`{name}` must be {_either(allowed)}, got {show(value)}."
+    message = f"`{name}` must be {_join(allowed, 'or')}, got {show(value)}."
     if not isinstance(value, str):
         raise TypeError(message)
     if value not in allowed:
@@ -267,7 +326,7 @@ def choice(name: str, value, allowed: Collection[str]) -> str:
     return str(value)
 
 
-def at_least_float32(x) -> jax.Array:
+def at_least_float32(x: ArrayLike) -> jax.Array:
     """Casts everything but float32 and float64 to float32."""
     x = jnp.asarray(x)
     return x if x.dtype in (jnp.float32, jnp.float64) else x.astype(jnp.float32)
@@ -279,7 +338,7 @@ _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 80, 80
 
 
-def show(value) -> str:
+def show(value: Any) -> str:
     """`repr` for an error message: short, and never the values of an array."""
     if isinstance(value, np.ndarray | jax.Array) and value.ndim:
         return f"an array of shape {value.shape}"
@@ -289,18 +348,46 @@ def show(value) -> str:
         return f"an object of type {type(value).__name__}"
 
 
-def nearest(word, known: Collection[str]) -> str:
-    """Ends the sentence of an unknown word: with the most similar known one, if any is similar."""
-    if isinstance(word, str):
-        word = word[:64]
-        lower = difflib.get_close_matches(word.lower(), {k.lower() for k in known}, n=1, cutoff=0.5)
-        if lower:  # of names that differ in case only, the one in the case of the word
-            spelled = [name for name in known if name.lower() == lower[0]]
-            close = difflib.get_close_matches(word, spelled, n=1, cutoff=0.0)
-            return f", did you mean {close[0]!r}?"
-    return "."
+def nearest(word: Any, known: Collection[str], meant: str | None = None) -> str:
+    """Ends the sentence of an unknown word: with the most similar known one, if any is similar.
+
+    Args:
+        word: what was written; anything but a string is similar to nothing.
+        known: the words to choose from.
+        meant: what to compare instead of `word`.
+
+    Returns:
+        A full stop, or ", did you mean 'l2'?".
+    """
+    if not isinstance(word, str):
+        return "."
+    spelled: dict[str, list[str]] = {}
+    for name in known:
+        spelled.setdefault(_squash(name), []).append(name)
+    squashed = _squash(word if meant is None else meant)
+    similar = difflib.get_close_matches(squashed, spelled, n=1, cutoff=0.5)
+    if not similar:
+        return "."
+    # Of several spellings the one that differs in case only ("L1_L2" is "l1_l2", not "L1L2"), else
+    # CamelCase for CamelCase, else the one most like the word.
+    names = spelled[similar[0]]
+    names = (
+        [name for name in names if name.lower() == word.lower()]
+        or [name for name in names if name.islower() == word.islower()]
+        or names
+    )
+    (name,) = difflib.get_close_matches(word[:_LONGEST_WORD], names, n=1, cutoff=0.0)
+    return f", did you mean {name!r}?"
 
 
-def _either(words, conjunction="or"):
+_LONGEST_WORD = 64  # what is compared of a word: difflib takes the square of its length
+
+
+def _squash(word: str) -> str:
+    """A word without what its spellings differ in: case, `_`, `-` and spaces."""
+    return "".join(c for c in word[:_LONGEST_WORD].lower() if c not in "_- ")
+
+
+def _join(words: Collection[str], conjunction: Literal["and", "or"]) -> str:
     *head, last = [repr(word) for word in words]
     return f"{', '.join(head)} {conjunction} {last}" if head else last

@@ -9,56 +9,105 @@ sparsemax and glu act along the last axis.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
 
-from flax_dwconv._taps import computed_once
-from flax_dwconv._vocabulary import Refused, Vocabulary, assign, at_least_float32, integers, number
+from flax_dwconv._vocabulary import (
+    Identifier,
+    Refused,
+    Vocabulary,
+    assign,
+    at_least_float32,
+    integers,
+    number,
+)
+
+Activation = Callable[[jax.Array], jax.Array]
+T = TypeVar("T")
 
 
-def _in_float32(f):
+def _in_float32(f: Activation) -> Callable[[ArrayLike], jax.Array]:
     """Computes `f` in float32 at least, and returns the dtype of the argument."""
 
     @functools.wraps(f)
-    def wrapped(x):
+    def wrapped(x: ArrayLike) -> jax.Array:
         x = jnp.asarray(x)
         return f(at_least_float32(x)).astype(x.dtype)
 
     return wrapped
 
 
-def _differentiated_at_result(f):
-    """Takes the derivative of `f` at f(x), which must be that at x.
+# The rectifiers. The derivatives are written out, and taken at the result y, which has the same
+# derivative there as at x. So nothing but the function itself reads x, and XLA:CPU computes a
+# convolution, its bias and the rectifier in one loop. A derivative that read x would make x an
+# array of its own in a train step, which takes 1.1 times as long.
 
-    So nothing but `f` reads x, and XLA:CPU computes a convolution, its bias and `f` in one loop.
-    Else x is an array of its own in a train step, which takes 1.1 times as long.
+
+@jax.custom_jvp
+@jax.jit
+def relu(x: ArrayLike) -> jax.Array:
+    """The rectifier.
+
+    Defined as `max(x, 0)`, with the derivative 1 for x > 0, and 0 else.
+
+    Args:
+        x: an array of real numbers.
+
+    Returns:
+        An array of the shape and dtype of x.
+
+    Example:
+        >>> import jax
+        >>> print(relu(-1.0), relu(2.0), jax.grad(relu)(0.0))
+        0.0 2.0 0.0
+
+    Source: `tf.keras.activations.relu`.
     """
-
-    @jax.custom_jvp
-    @jax.jit
-    @functools.wraps(f)
-    def wrapped(x):
-        y = f(x)
-        if not jnp.issubdtype(y.dtype, jnp.floating):
-            return y
-        # XLA would compute `f` again for the derivative, and read x there.
-        return jax.lax.platform_dependent(y, cpu=computed_once, default=lambda y: y)
-
-    @wrapped.defjvp
-    def jvp(primals, tangents):
-        y = wrapped(*primals)
-        return y, jax.jvp(f, (y,), tangents)[1]
-
-    return wrapped
+    return jnp.maximum(x, 0)
 
 
-relu = _differentiated_at_result(jax.nn.relu)
-relu6 = _differentiated_at_result(jax.nn.relu6)
+@relu.defjvp
+def _relu_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[Any, Any]:
+    (x,), (t,) = primals, tangents
+    y = relu(x)
+    return y, lax.select(y > 0, t, lax.full_like(t, 0))
 
 
-def linear(x):
+@jax.custom_jvp
+@jax.jit
+def relu6(x: ArrayLike) -> jax.Array:
+    """The rectifier that saturates at 6.
+
+    Defined as `min(max(x, 0), 6)`, with the derivative 1 for 0 < x < 6, and 0 else.
+
+    Args:
+        x: an array of real numbers.
+
+    Returns:
+        An array of the shape of x and, if that is floating, its dtype.
+
+    Example:
+        >>> import jax
+        >>> print(relu6(5.0), relu6(7.0), jax.grad(relu6)(6.0))
+        5.0 6.0 0.0
+
+    Source: `tf.keras.activations.relu6`.
+    """
+    return jnp.minimum(jnp.maximum(x, 0), 6.0)
+
+
+@relu6.defjvp
+def _relu6_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[Any, Any]:
+    (x,), (t,) = primals, tangents
+    y = relu6(x)
+    return y, lax.select((y > 0) & (y < 6), t, lax.full_like(t, 0))
+
+
+def linear(x: T) -> T:
     """Returns x.
 
     Defined as `x`; what None stands for.
@@ -72,7 +121,7 @@ def linear(x):
     return x
 
 
-def exponential(x):
+def exponential(x: ArrayLike) -> jax.Array:
     """The exponential function.
 
     Defined as `exp(x)`.
@@ -86,7 +135,7 @@ def exponential(x):
     return jnp.exp(x)
 
 
-def gelu(x):
+def gelu(x: ArrayLike) -> jax.Array:
     """The Gaussian error linear unit, exact; `jax.nn.gelu` defaults to its tanh approximation.
 
     Defined as `x * (1 + erf(x / sqrt(2))) / 2`.
@@ -100,7 +149,7 @@ def gelu(x):
     return jax.nn.gelu(x, approximate=False)
 
 
-def leaky_relu(x):
+def leaky_relu(x: ArrayLike) -> jax.Array:
     """The leaky rectifier with the slope 0.2; `jax.nn.leaky_relu` defaults to 0.01.
 
     Defined as `x` for x >= 0, `0.2 * x` else. The layer name 'LeakyReLU' stands for 0.3.
@@ -114,7 +163,7 @@ def leaky_relu(x):
     return jax.nn.leaky_relu(x, 0.2)
 
 
-def hard_sigmoid(x):
+def hard_sigmoid(x: ArrayLike) -> jax.Array:
     """The piecewise linear sigmoid of Keras 2; that of Keras 3 and `jax.nn` has the slope 1/6.
 
     Defined as `clip(0.2 * x + 0.5, 0, 1)`.
@@ -129,7 +178,7 @@ def hard_sigmoid(x):
 
 
 @_in_float32
-def softsign(x):
+def softsign(x: jax.Array) -> jax.Array:
     """The algebraic sigmoid.
 
     Defined as `x / (1 + |x|)`.
@@ -144,7 +193,7 @@ def softsign(x):
 
 
 @_in_float32
-def squareplus(x):
+def squareplus(x: jax.Array) -> jax.Array:
     """A smooth rectifier without exponentials.
 
     Defined as `(x + sqrt(x**2 + 4)) / 2`.
@@ -161,7 +210,7 @@ def squareplus(x):
     return jnp.where(x >= 0, y, 1 / y)
 
 
-def sparse_plus(x):
+def sparse_plus(x: ArrayLike) -> jax.Array:
     """A smooth rectifier that is exactly linear, or 0, outside [-1, 1].
 
     Defined as 0 for x <= -1, `(x + 1)**2 / 4` between, `x` for x >= 1.
@@ -177,7 +226,7 @@ def sparse_plus(x):
     return jnp.where(x >= 1, x, jnp.square(jnp.clip(x, -1.0, 1.0) + 1) / 4)
 
 
-def hard_shrink(x):
+def hard_shrink(x: ArrayLike) -> jax.Array:
     """Keeps what is larger than 1/2.
 
     Defined as `x` where |x| > 0.5, 0 else.
@@ -193,7 +242,7 @@ def hard_shrink(x):
     return jnp.where(jnp.abs(x) > 0.5, x, 0.0)
 
 
-def soft_shrink(x):
+def soft_shrink(x: ArrayLike) -> jax.Array:
     """Moves everything by 1/2 towards zero.
 
     Defined as `x - clip(x, -0.5, 0.5)`.
@@ -210,7 +259,7 @@ def soft_shrink(x):
 
 
 @_in_float32
-def tanh_shrink(x):
+def tanh_shrink(x: jax.Array) -> jax.Array:
     """What tanh takes away.
 
     Defined as `x - tanh(x)`.
@@ -225,7 +274,7 @@ def tanh_shrink(x):
 
 
 @_in_float32
-def sparsemax(x):
+def sparsemax(x: jax.Array) -> jax.Array:
     """The Euclidean projection of the last axis onto the probability simplex.
 
     Defined as `max(x - tau, 0)`, where tau makes the sum 1: with the descending order
@@ -241,9 +290,9 @@ def sparsemax(x):
 
     Source: Martins and Astudillo, From Softmax to Sparsemax (2016), algorithm 1.
     """
-    z = x - jax.lax.stop_gradient(jnp.max(x, axis=-1, keepdims=True))
+    z = x - lax.stop_gradient(jnp.max(x, axis=-1, keepdims=True))
     # The support (the k largest) is locally constant, so that only tau carries a gradient.
-    descending = -jnp.sort(-jax.lax.stop_gradient(z), axis=-1)
+    descending = -jnp.sort(-lax.stop_gradient(z), axis=-1)
     k = jnp.broadcast_to(jnp.arange(1, z.shape[-1] + 1).astype(z.dtype), z.shape)
     size = jnp.sum(1 + k * descending > jnp.cumsum(descending, axis=-1), axis=-1, keepdims=True)
     smallest = jnp.take_along_axis(descending, size - 1, axis=-1)
@@ -280,20 +329,20 @@ class ReLU:
     max_value: float | None = None
     negative_slope: float = 0.0
     threshold: float = 0.0
-    renamed: ClassVar = {"alpha": "negative_slope"}
+    renamed: ClassVar[dict[str, str]] = {"alpha": "negative_slope"}
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         names = ["negative_slope", "threshold"] + ["max_value"] * (self.max_value is not None)
         assign(self, **{n: number(n, getattr(self, n), "finite non-negative") for n in names})
 
-    def __call__(self, x):
+    def __call__(self, x: ArrayLike) -> jax.Array:
         x = jnp.asarray(x)
         y = jnp.where(x > self.threshold, x, 0.0)
         if self.max_value is not None:
             y = jnp.minimum(y, self.max_value)
-        return (
-            y - self.negative_slope * jax.nn.relu(self.threshold - x) if self.negative_slope else y
-        )
+        if self.negative_slope:
+            y = y - self.negative_slope * jax.nn.relu(self.threshold - x)
+        return y
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,13 +366,13 @@ class LeakyReLU:
     """
 
     negative_slope: float = 0.3
-    renamed: ClassVar = {"alpha": "negative_slope"}
+    renamed: ClassVar[dict[str, str]] = {"alpha": "negative_slope"}
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         slope = number("negative_slope", self.negative_slope, "finite non-negative")
         assign(self, negative_slope=slope)
 
-    def __call__(self, x):
+    def __call__(self, x: ArrayLike) -> jax.Array:
         return jax.nn.leaky_relu(x, self.negative_slope)
 
 
@@ -349,10 +398,10 @@ class ELU:
 
     alpha: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         assign(self, alpha=number("alpha", self.alpha))
 
-    def __call__(self, x):
+    def __call__(self, x: ArrayLike) -> jax.Array:
         return jax.nn.elu(x, self.alpha)
 
 
@@ -379,10 +428,10 @@ class Softmax:
 
     axis: int | tuple[int, ...] = -1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         assign(self, axis=integers("axis", self.axis))
 
-    def __call__(self, x):
+    def __call__(self, x: ArrayLike) -> jax.Array:
         return jax.nn.softmax(x, self.axis)
 
 
@@ -409,10 +458,10 @@ class ThresholdedReLU:
 
     theta: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         assign(self, theta=number("theta", self.theta, "finite non-negative"))
 
-    def __call__(self, x):
+    def __call__(self, x: ArrayLike) -> jax.Array:
         return Threshold(self.theta, 0.0)(x)
 
 
@@ -444,14 +493,14 @@ class Threshold:
     threshold: float
     default_value: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         assign(
             self,
             threshold=number("threshold", self.threshold),
             default_value=number("default_value", self.default_value),
         )
 
-    def __call__(self, x):
+    def __call__(self, x: ArrayLike) -> jax.Array:
         x = jnp.asarray(x)
         return jnp.where(x > self.threshold, x, self.default_value)
 
@@ -495,15 +544,16 @@ _OBJECTS = {
     cls.__name__: cls for cls in (ReLU, LeakyReLU, ELU, Softmax, ThresholdedReLU, Threshold)
 }
 
-_VOCABULARY = Vocabulary(
+VOCABULARY = Vocabulary(
     kind="activation",
     module="keras.layers",
     names=_FUNCTIONS
     | _OBJECTS
-    | {
-        "threshold": Threshold,
-        "PReLU": Refused("has weights of its own, which an activation function cannot hold"),
-    },
+    | {"threshold": Threshold}
+    | dict.fromkeys(
+        ("PReLU", "prelu"),
+        Refused("has weights of its own, which an activation function cannot hold"),
+    ),
     none=linear,
     ignored=frozenset({"name", "trainable", "dtype", "batch_input_shape"}),  # of every Keras layer
     synonyms=(
@@ -517,15 +567,23 @@ _VOCABULARY = Vocabulary(
         (jax.nn.hard_swish, jax.nn.hard_silu),
         (jax.nn.tanh, jnp.tanh),
         (jax.nn.identity, linear),
-        (jax.lax.tanh, jnp.tanh),
-        (jax.lax.logistic, jax.nn.sigmoid),
-        (jax.lax.exp, exponential),
+        (lax.tanh, jnp.tanh),
+        (lax.logistic, jax.nn.sigmoid),
+        (lax.exp, exponential),
         (jnp.exp, exponential),
     ),
+    slips={
+        "exp": "exponential",
+        "hsigmoid": "hard_sigmoid",
+        "hswish": "hard_swish",
+        "identity": "linear",
+        "logistic": "sigmoid",
+        "none": "linear",
+    },
 )
 
 
-def get(identifier) -> Callable[[Any], Any]:
+def get(identifier: Identifier) -> Activation:
     """Returns the function that a Keras identifier stands for.
 
     Args:
@@ -549,10 +607,10 @@ def get(identifier) -> Callable[[Any], Any]:
 
     Source: `tf.keras.activations.get`.
     """
-    return _VOCABULARY.get(identifier)
+    return VOCABULARY.get(identifier)
 
 
-def serialize(obj) -> str | dict[str, Any]:
+def serialize(obj: Identifier) -> str | dict[str, Any]:
     """Returns the Keras name of an activation, or its config dict if it has arguments.
 
     Keras 3 reads them back, except ThresholdedReLU and Threshold, which it lacks; and it means
@@ -580,4 +638,4 @@ def serialize(obj) -> str | dict[str, Any]:
 
     Source: `tf.keras.activations.serialize`.
     """
-    return _VOCABULARY.serialize(obj)
+    return VOCABULARY.serialize(obj)

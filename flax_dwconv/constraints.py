@@ -10,14 +10,15 @@ the norm of each filter is `axis=(0, 1)`.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+from jax.typing import ArrayLike
 
 from flax_dwconv._vocabulary import (
+    Identifier,
     Vocabulary,
     assign,
     at_least_float32,
@@ -25,6 +26,9 @@ from flax_dwconv._vocabulary import (
     number,
     spellings,
 )
+
+Projection = Callable[[jax.Array], jax.Array]
+T = TypeVar("T")
 
 _EPSILON = 1e-7
 
@@ -40,7 +44,7 @@ class Constraint:
     Source: `tf.keras.constraints.Constraint`.
     """
 
-    def __call__(self, w):
+    def __call__(self, w: T) -> T:
         return w
 
 
@@ -70,14 +74,14 @@ class MaxNorm:
     max_value: float = 2.0
     axis: int | tuple[int, ...] = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         assign(
             self,
             max_value=number("max_value", self.max_value, "finite non-negative"),
             axis=integers("axis", self.axis),
         )
 
-    def __call__(self, w):
+    def __call__(self, w: ArrayLike) -> jax.Array:
         return _rescale(w, self.axis, lambda norm: jnp.clip(norm, 0.0, self.max_value))
 
 
@@ -95,8 +99,8 @@ class NonNeg:
     Source: `tf.keras.constraints.NonNeg`.
     """
 
-    def __call__(self, w):
-        return optax.projections.projection_non_negative(jnp.asarray(w))
+    def __call__(self, w: ArrayLike) -> jax.Array:
+        return jnp.maximum(w, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,10 +126,10 @@ class UnitNorm:
 
     axis: int | tuple[int, ...] = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         assign(self, axis=integers("axis", self.axis))
 
-    def __call__(self, w):
+    def __call__(self, w: ArrayLike) -> jax.Array:
         return _rescale(w, self.axis, jnp.ones_like)
 
 
@@ -159,7 +163,7 @@ class MinMaxNorm:
     rate: float = 1.0
     axis: int | tuple[int, ...] = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         assign(
             self,
             min_value=number("min_value", self.min_value, "finite non-negative"),
@@ -175,8 +179,8 @@ class MinMaxNorm:
         if self.rate > 1.0:
             raise ValueError(f"`rate` must be between 0 and 1, got {self.rate}.")
 
-    def __call__(self, w):
-        def wanted(norm):
+    def __call__(self, w: ArrayLike) -> jax.Array:
+        def wanted(norm: jax.Array) -> jax.Array:
             clipped = jnp.clip(norm, self.min_value, self.max_value)
             return self.rate * clipped + (1.0 - self.rate) * norm
 
@@ -209,7 +213,7 @@ class RadialConstraint:
     Source: `tf.keras.constraints.RadialConstraint`.
     """
 
-    def __call__(self, w):
+    def __call__(self, w: ArrayLike) -> jax.Array:
         shape = jnp.shape(w)
         if len(shape) != 4 or shape[0] != shape[1]:
             raise ValueError(
@@ -242,14 +246,14 @@ class Stacked:
          [0. 1. ]]
     """
 
-    constraint: Callable[[Any], Any]
+    constraint: Projection
     axis: int = 0
 
-    def __call__(self, w):
+    def __call__(self, w: jax.Array) -> jax.Array:
         return jax.vmap(self.constraint, self.axis, self.axis)(w)
 
 
-def _rescale(w, axis, wanted):
+def _rescale(w: ArrayLike, axis: int | tuple[int, ...], wanted: Projection) -> jax.Array:
     """Returns w with its norms |w| over `axis` replaced by wanted(|w|)."""
     w = jnp.asarray(w)
     axes = axis if isinstance(axis, tuple) else (axis,)
@@ -262,12 +266,10 @@ def _rescale(w, axis, wanted):
     return (wide * (wanted(norm) / (_EPSILON + norm))).astype(w.dtype)
 
 
-_NAMES = spellings(Constraint, MaxNorm, NonNeg, UnitNorm, MinMaxNorm, RadialConstraint)
-
-_VOCABULARY = Vocabulary(
+VOCABULARY = Vocabulary(
     kind="constraint",
     module="keras.constraints",
-    names=_NAMES
+    names=spellings(Constraint, MaxNorm, NonNeg, UnitNorm, MinMaxNorm, RadialConstraint)
     | {
         "maxnorm": MaxNorm,
         "nonneg": NonNeg,
@@ -275,10 +277,12 @@ _VOCABULARY = Vocabulary(
         "minmaxnorm": MinMaxNorm,
         "radialconstraint": RadialConstraint,
     },
+    slips={"nonnegative": "non_neg"},
+    number=MaxNorm,
 )
 
 
-def get(identifier) -> Callable[[Any], Any] | None:
+def get(identifier: Identifier) -> Projection | None:
     """Returns the projection that a Keras identifier stands for.
 
     Args:
@@ -301,10 +305,10 @@ def get(identifier) -> Callable[[Any], Any] | None:
 
     Source: `tf.keras.constraints.get`.
     """
-    return _VOCABULARY.get(identifier)
+    return VOCABULARY.get(identifier)
 
 
-def serialize(obj) -> dict[str, Any] | None:
+def serialize(obj: Identifier) -> dict[str, Any] | None:
     """Returns the config dict that `get`, and Keras 3, read back.
 
     Keras 3 does not know RadialConstraint; Keras 2 does.
@@ -325,95 +329,4 @@ def serialize(obj) -> dict[str, Any] | None:
 
     Source: `tf.keras.constraints.serialize`.
     """
-    return _VOCABULARY.serialize(obj)
-
-
-def constrain(constraints) -> optax.GradientTransformation:
-    """Returns a transformation after whose updates the parameters satisfy their constraints.
-
-    In an `optax.chain` it is the last one. Defined as
-
-        updates' = project(params + updates) - params,
-
-    so that `optax.apply_updates` lands on project(params + updates), to the rounding of one sum; a
-    weight that the projection does not move keeps its update bit for bit.
-
-    Args:
-        constraints: a tree like the parameters, of projections w -> w or of names as in `get`;
-            None, or nothing at all, where a parameter is free. One projection in place of a
-            subtree is that of all parameters below it. `collect_constraints` makes such a tree. The
-            parameters may be another kind of mapping, `nnx.State` for instance, and boxed.
-
-    Returns:
-        An `optax.GradientTransformation` without state.
-
-    Raises:
-        TypeError, ValueError: a leaf is no constraint; at `init`, a constraint is of no parameter;
-            at `update`, optax's own error if `params` is missing.
-
-    Example:
-        >>> import jax.numpy as jnp, optax
-        >>> tx = optax.chain(optax.sgd(1.0), constrain({"kernel": NonNeg()}))
-        >>> params = {"kernel": jnp.array([1.0, 2.0]), "bias": jnp.array([1.0])}
-        >>> grads = {"kernel": jnp.array([3.0, 0.5]), "bias": jnp.array([3.0])}
-        >>> updates, state = tx.update(grads, tx.init(params), params)
-        >>> optax.apply_updates(params, updates)
-        {'bias': Array([-2.], dtype=float32), 'kernel': Array([0. , 1.5], dtype=float32)}
-    """
-    flat, _ = jax.tree_util.tree_flatten_with_path(constraints, is_leaf=callable)
-    projections = {_path(keys): get(leaf) for keys, leaf in flat}
-
-    def projection(path):
-        above = (path[:n] for n in range(len(path) + 1))
-        return next((projections[place] for place in above if place in projections), None)
-
-    def init(params):
-        flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_absent)
-        places = [(_path(keys), _is_absent(leaf)) for keys, leaf in flat]
-        for path in projections:
-            if not any(
-                place[: len(path)] == path or (absent and path[: len(place)] == place)
-                for place, absent in places
-            ):
-                raise ValueError(
-                    "`constraints` must be a tree like the parameters, "
-                    f"got a constraint for {'/'.join(map(str, path))!r}, which is none of them."
-                )
-        return optax.EmptyState()
-
-    def update(updates, state, params=None):
-        if params is None:  # optax words its own error
-            return optax.keep_params_nonnegative().update(updates, state, None)
-
-        def step(keys, p, u):
-            project = projection(_path(keys))
-            return u if project is None or p is None or u is None else _step(project, p, u)
-
-        return jax.tree_util.tree_map_with_path(step, params, updates, is_leaf=_is_none), state
-
-    return optax.GradientTransformation(init, update)
-
-
-def _step(project, p, u):
-    """Returns the update, in u's dtype, that takes p to project(p + u)."""
-    p, u = jnp.asarray(p), jnp.asarray(u)
-    new = (at_least_float32(p) + at_least_float32(u)).astype(p.dtype)
-    wanted = project(new).astype(p.dtype)
-    step = at_least_float32(wanted) - at_least_float32(p)
-    return jnp.where(wanted == new, u, step.astype(u.dtype))
-
-
-def _path(keys):
-    """The keys of a path in any kind of tree: of a mapping, a sequence or an attribute."""
-    return tuple(
-        next(getattr(key, a) for a in ("key", "idx", "name") if hasattr(key, a)) for key in keys
-    )
-
-
-def _is_none(leaf):
-    return leaf is None
-
-
-def _is_absent(leaf):
-    """Whether it stands for parameters that another part of the optimizer has."""
-    return leaf is None or isinstance(leaf, optax.MaskedNode)
+    return VOCABULARY.serialize(obj)

@@ -10,14 +10,16 @@ here because the functions of `jax.nn.initializers` multiply in another order an
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from flax_dwconv._vocabulary import (
+    Identifier,
     Refused,
     Vocabulary,
     assign,
@@ -27,6 +29,10 @@ from flax_dwconv._vocabulary import (
     show,
     spellings,
 )
+
+Initializer = Callable[[jax.Array, Sequence[int], DTypeLike], jax.Array]
+Mode = Literal["fan_in", "fan_out", "fan_avg"]
+Distribution = Literal["truncated_normal", "untruncated_normal", "uniform"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +46,9 @@ class Zeros:
     Source: `tf.keras.initializers.Zeros`.
     """
 
-    def __call__(self, key, shape, dtype=jnp.float32):
+    def __call__(
+        self, key: jax.Array | None, shape: Sequence[int], dtype: DTypeLike = jnp.float32
+    ) -> jax.Array:
         return jnp.zeros(shape, dtype)
 
 
@@ -55,7 +63,9 @@ class Ones:
     Source: `tf.keras.initializers.Ones`.
     """
 
-    def __call__(self, key, shape, dtype=jnp.float32):
+    def __call__(
+        self, key: jax.Array | None, shape: Sequence[int], dtype: DTypeLike = jnp.float32
+    ) -> jax.Array:
         return jnp.ones(shape, dtype)
 
 
@@ -79,10 +89,12 @@ class Constant:
 
     value: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         assign(self, value=number("value", self.value))
 
-    def __call__(self, key, shape, dtype=jnp.float32):
+    def __call__(
+        self, key: jax.Array | None, shape: Sequence[int], dtype: DTypeLike = jnp.float32
+    ) -> jax.Array:
         return jnp.full(shape, self.value, dtype)
 
 
@@ -107,62 +119,35 @@ class Identity:
 
     gain: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         assign(self, gain=number("gain", self.gain))
 
-    def __call__(self, key, shape, dtype=jnp.float32):
+    def __call__(
+        self, key: jax.Array | None, shape: Sequence[int], dtype: DTypeLike = jnp.float32
+    ) -> jax.Array:
         if len(shape) != 2:
             raise ValueError(f"`Identity` must initialize a matrix, got the shape {tuple(shape)}.")
         return self.gain * jnp.eye(*shape, dtype=dtype)
 
 
 @dataclasses.dataclass(frozen=True)
-class STFT:
-    """The kernel of a short-time Fourier transform, known by name only.
+class _NormalArguments:
+    """What the two normal distributions have in common."""
 
-    It fills kernels of shape (time, 1, frequency), which a depthwise layer never has, so that a
-    call is always refused; the settings can be read and written.
+    mean: float = 0.0
+    stddev: float = 0.05
+    seed: int | None = None
 
-    Args:
-        side: 'real' or 'imag'.
-        window: the name of a window function, or None.
-        scaling: 'density', 'spectrum' or None.
-        periodic: whether the window is.
-
-    Raises:
-        TypeError: an argument is of another type.
-        ValueError: `side` or `scaling` is another word; at every call.
-
-    Example:
-        >>> STFT("imag").window
-        'hann'
-
-    Source: `keras.initializers.STFT`.
-    """
-
-    side: str = "real"
-    window: str | None = "hann"
-    scaling: str | None = "density"
-    periodic: bool = False
-
-    def __post_init__(self):
-        choice("side", self.side, ("real", "imag"))
-        if not isinstance(self.window, str | None):
-            raise TypeError(f"`window` must be a name or None, got {show(self.window)}.")
-        if self.scaling is not None:
-            choice("scaling", self.scaling, ("density", "spectrum"))
-        if not isinstance(self.periodic, bool):
-            raise TypeError(f"`periodic` must be True or False, got {show(self.periodic)}.")
-
-    def __call__(self, key, shape, dtype=jnp.float32):
-        raise ValueError(
-            "`STFT` must initialize the kernel of a spectrogram, which is not implemented here, "
-            f"got the shape {tuple(shape)}."
+    def __post_init__(self) -> None:
+        assign(
+            self,
+            mean=number("mean", self.mean),
+            stddev=number("stddev", self.stddev, "finite non-negative"),
+            seed=_seed(self.seed),
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class RandomNormal:
+class RandomNormal(_NormalArguments):
     """Independent normal numbers.
 
     Defined as `mean + stddev * z`, z standard normal.
@@ -183,19 +168,13 @@ class RandomNormal:
     Source: `tf.keras.initializers.RandomNormal`.
     """
 
-    mean: float = 0.0
-    stddev: float = 0.05
-    seed: int | None = None
-
-    def __post_init__(self):
-        _assign_normal(self)
-
-    def __call__(self, key, shape, dtype=jnp.float32):
+    def __call__(
+        self, key: jax.Array | None, shape: Sequence[int], dtype: DTypeLike = jnp.float32
+    ) -> jax.Array:
         return _normal(_key(self.seed, key), shape, dtype, self.stddev, self.mean)
 
 
-@dataclasses.dataclass(frozen=True)
-class TruncatedNormal:
+class TruncatedNormal(_NormalArguments):
     """Independent normal numbers, cut at two standard deviations.
 
     Defined as `mean + stddev * z`, z standard normal under the condition |z| < 2.
@@ -216,14 +195,9 @@ class TruncatedNormal:
     Source: `tf.keras.initializers.TruncatedNormal`.
     """
 
-    mean: float = 0.0
-    stddev: float = 0.05
-    seed: int | None = None
-
-    def __post_init__(self):
-        _assign_normal(self)
-
-    def __call__(self, key, shape, dtype=jnp.float32):
+    def __call__(
+        self, key: jax.Array | None, shape: Sequence[int], dtype: DTypeLike = jnp.float32
+    ) -> jax.Array:
         return _truncated_normal(_key(self.seed, key), shape, dtype, self.stddev, self.mean)
 
 
@@ -251,7 +225,7 @@ class RandomUniform:
     maxval: float = 0.05
     seed: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         assign(
             self,
             minval=number("minval", self.minval),
@@ -263,7 +237,9 @@ class RandomUniform:
                 f"`minval` must not exceed `maxval` (={self.maxval}), got {self.minval}."
             )
 
-    def __call__(self, key, shape, dtype=jnp.float32):
+    def __call__(
+        self, key: jax.Array | None, shape: Sequence[int], dtype: DTypeLike = jnp.float32
+    ) -> jax.Array:
         return _uniform(_key(self.seed, key), shape, dtype, self.minval, self.maxval)
 
 
@@ -294,10 +270,12 @@ class Orthogonal:
     gain: float = 1.0
     seed: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         assign(self, gain=number("gain", self.gain), seed=_seed(self.seed))
 
-    def __call__(self, key, shape, dtype=jnp.float32):
+    def __call__(
+        self, key: jax.Array | None, shape: Sequence[int], dtype: DTypeLike = jnp.float32
+    ) -> jax.Array:
         if len(shape) < 2:
             raise ValueError(
                 f"`Orthogonal` must initialize at least a matrix, got the shape {tuple(shape)}."
@@ -312,8 +290,7 @@ class Orthogonal:
 
 
 _NEWER = {"optional": True}  # keys that Keras knows since 3.15: not written while they are None
-_MODES = ("fan_in", "fan_out", "fan_avg")
-_DISTRIBUTIONS = ("truncated_normal", "untruncated_normal", "uniform")
+_SHRINKAGE = 0.87962566103423978  # the standard deviation of a normal distribution cut at +-2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -326,7 +303,7 @@ class VarianceScaling:
 
     Args:
         scale: positive.
-        mode: 'fan_in', 'fan_out' or 'fan_avg'.
+        mode: 'fan_in', 'fan_out' or 'fan_avg', the mean.
         distribution: 'truncated_normal' (or 'normal'), 'untruncated_normal' or 'uniform'.
         seed: int or None, see the module.
         input_axes: the axes whose product is fan_in, or None; together with `output_axes`.
@@ -346,53 +323,83 @@ class VarianceScaling:
     """
 
     scale: float = 1.0
-    mode: str = "fan_in"
-    distribution: str = "truncated_normal"
+    mode: Mode = "fan_in"
+    distribution: Distribution = "truncated_normal"
     seed: int | None = None
     input_axes: tuple[int, ...] | None = dataclasses.field(default=None, metadata=_NEWER)
     output_axes: tuple[int, ...] | None = dataclasses.field(default=None, metadata=_NEWER)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        axes: dict[str, Any] = {"input_axes": self.input_axes, "output_axes": self.output_axes}
+        if list(axes.values()).count(None) == 1:
+            raise ValueError(
+                "`input_axes` and `output_axes` must be given together, "
+                f"got {show(self.input_axes)} and {show(self.output_axes)}."
+            )
+        for name, value in axes.items():
+            if value is not None:
+                value = integers(name, value)
+                axes[name] = value if isinstance(value, tuple) else (value,)
         distribution = self.distribution
         if isinstance(distribution, str):
-            distribution = {"normal": "truncated_normal"}.get(
-                distribution.lower(), distribution.lower()
-            )
+            distribution = distribution.lower()
+            if distribution == "normal":
+                distribution = "truncated_normal"
         assign(
             self,
             scale=number("scale", self.scale, "finite positive"),
-            mode=choice("mode", self.mode, _MODES),
-            distribution=choice("distribution", distribution, _DISTRIBUTIONS),
+            mode=choice("mode", self.mode, get_args(Mode)),
+            distribution=choice("distribution", distribution, get_args(Distribution)),
+            seed=_seed(self.seed),
+            **axes,
         )
-        _assign_scaling(self)
 
-    def __call__(self, key, shape, dtype=jnp.float32):
-        return _variance_scaling(self, key, shape, dtype)
+    def __call__(
+        self, key: jax.Array | None, shape: Sequence[int], dtype: DTypeLike = jnp.float32
+    ) -> jax.Array:
+        fan_in, fan_out = _fans(shape, self.input_axes, self.output_axes)
+        fan = {"fan_in": fan_in, "fan_out": fan_out, "fan_avg": (fan_in + fan_out) / 2}[self.mode]
+        variance = self.scale / max(1.0, fan)
+        key = _key(self.seed, key)
+        if self.distribution == "truncated_normal":
+            return _truncated_normal(key, shape, dtype, math.sqrt(variance) / _SHRINKAGE)
+        if self.distribution == "untruncated_normal":
+            return _normal(key, shape, dtype, math.sqrt(variance))
+        limit = math.sqrt(3.0 * variance)
+        return _uniform(key, shape, dtype, -limit, limit)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Scaling:
-    """A VarianceScaling under a name, with fixed scale, mode and distribution."""
+class _NamedScaling:
+    """A VarianceScaling under a name of its own, with fixed scale, mode and distribution."""
 
     seed: int | None = None
     input_axes: tuple[int, ...] | None = dataclasses.field(default=None, metadata=_NEWER)
     output_axes: tuple[int, ...] | None = dataclasses.field(default=None, metadata=_NEWER)
     scale: ClassVar[float]
-    mode: ClassVar[str]
-    distribution: ClassVar[str]
+    mode: ClassVar[Mode]
+    distribution: ClassVar[Distribution]
 
-    def __post_init__(self):
-        _assign_scaling(self)
+    def __post_init__(self) -> None:
+        made = self._scaling()
+        assign(self, seed=made.seed, input_axes=made.input_axes, output_axes=made.output_axes)
 
-    def __call__(self, key, shape, dtype=jnp.float32):
-        return _variance_scaling(self, key, shape, dtype)
+    def __call__(
+        self, key: jax.Array | None, shape: Sequence[int], dtype: DTypeLike = jnp.float32
+    ) -> jax.Array:
+        return self._scaling()(key, shape, dtype)
+
+    def _scaling(self) -> VarianceScaling:
+        return VarianceScaling(
+            self.scale, self.mode, self.distribution, self.seed, self.input_axes, self.output_axes
+        )
 
 
-class GlorotNormal(_Scaling):
-    """Truncated normal numbers of the variance 2 / (fan_in + fan_out).
+# Their arguments are the last three of `VarianceScaling`.
 
-    Args:
-        seed, input_axes, output_axes: as in `VarianceScaling`.
+
+class GlorotNormal(_NamedScaling):
+    """`VarianceScaling(1.0, "fan_avg")`: truncated normal, variance 2 / (fan_in + fan_out).
 
     Example:
         >>> GlorotNormal(seed=3)
@@ -404,15 +411,15 @@ class GlorotNormal(_Scaling):
     scale, mode, distribution = 1.0, "fan_avg", "truncated_normal"
 
 
-class GlorotUniform(_Scaling):
-    """Uniform numbers in sqrt(6 / (fan_in + fan_out)) * [-1, 1): Keras's default for kernels.
+class GlorotUniform(_NamedScaling):
+    """`VarianceScaling(1.0, "fan_avg", "uniform")`: in sqrt(6 / (fan_in + fan_out)) * [-1, 1).
 
-    Args:
-        seed, input_axes, output_axes: as in `VarianceScaling`.
+    Keras's default for kernels.
 
     Example:
-        >>> GlorotUniform(seed=3)(None, (3, 3, 4, 2)).shape
-        (3, 3, 4, 2)
+        >>> kernel = GlorotUniform(seed=3)(None, (3, 3, 64, 32))
+        >>> print(kernel.max().round(3))  # sqrt(6 / (3 * 3 * (64 + 32)))
+        0.083
 
     Source: `tf.keras.initializers.GlorotUniform`; Glorot and Bengio (2010).
     """
@@ -420,15 +427,13 @@ class GlorotUniform(_Scaling):
     scale, mode, distribution = 1.0, "fan_avg", "uniform"
 
 
-class HeNormal(_Scaling):
-    """Truncated normal numbers of the variance 2 / fan_in.
-
-    Args:
-        seed, input_axes, output_axes: as in `VarianceScaling`.
+class HeNormal(_NamedScaling):
+    """`VarianceScaling(2.0)`: truncated normal, variance 2 / fan_in.
 
     Example:
-        >>> HeNormal(seed=3)(None, (3, 3, 4, 2)).shape
-        (3, 3, 4, 2)
+        >>> kernel = HeNormal(seed=3)(None, (3, 3, 64, 32))
+        >>> print(kernel.var().round(4))  # 2 / (3 * 3 * 64)
+        0.0035
 
     Source: `tf.keras.initializers.HeNormal`; He et al. (2015).
     """
@@ -436,15 +441,13 @@ class HeNormal(_Scaling):
     scale, mode, distribution = 2.0, "fan_in", "truncated_normal"
 
 
-class HeUniform(_Scaling):
-    """Uniform numbers in sqrt(6 / fan_in) * [-1, 1).
-
-    Args:
-        seed, input_axes, output_axes: as in `VarianceScaling`.
+class HeUniform(_NamedScaling):
+    """`VarianceScaling(2.0, distribution="uniform")`: in sqrt(6 / fan_in) * [-1, 1).
 
     Example:
-        >>> HeUniform(seed=3)(None, (3, 3, 4, 2)).shape
-        (3, 3, 4, 2)
+        >>> kernel = HeUniform(seed=3)(None, (3, 3, 64, 32))
+        >>> print(kernel.max().round(3))  # sqrt(6 / (3 * 3 * 64))
+        0.102
 
     Source: `tf.keras.initializers.HeUniform`; He et al. (2015).
     """
@@ -452,15 +455,13 @@ class HeUniform(_Scaling):
     scale, mode, distribution = 2.0, "fan_in", "uniform"
 
 
-class LecunNormal(_Scaling):
-    """Truncated normal numbers of the variance 1 / fan_in.
-
-    Args:
-        seed, input_axes, output_axes: as in `VarianceScaling`.
+class LecunNormal(_NamedScaling):
+    """`VarianceScaling(1.0)`: truncated normal, variance 1 / fan_in.
 
     Example:
-        >>> LecunNormal(seed=3)(None, (3, 3, 4, 2)).shape
-        (3, 3, 4, 2)
+        >>> kernel = LecunNormal(seed=3)(None, (3, 3, 64, 32))
+        >>> print(kernel.var().round(4))  # 1 / (3 * 3 * 64)
+        0.0017
 
     Source: `tf.keras.initializers.LecunNormal`; Klambauer et al. (2017).
     """
@@ -468,15 +469,13 @@ class LecunNormal(_Scaling):
     scale, mode, distribution = 1.0, "fan_in", "truncated_normal"
 
 
-class LecunUniform(_Scaling):
-    """Uniform numbers in sqrt(3 / fan_in) * [-1, 1).
-
-    Args:
-        seed, input_axes, output_axes: as in `VarianceScaling`.
+class LecunUniform(_NamedScaling):
+    """`VarianceScaling(1.0, distribution="uniform")`: in sqrt(3 / fan_in) * [-1, 1).
 
     Example:
-        >>> LecunUniform(seed=3)(None, (3, 3, 4, 2)).shape
-        (3, 3, 4, 2)
+        >>> kernel = LecunUniform(seed=3)(None, (3, 3, 64, 32))
+        >>> print(kernel.max().round(3))  # sqrt(3 / (3 * 3 * 64))
+        0.072
 
     Source: `tf.keras.initializers.LecunUniform`.
     """
@@ -489,9 +488,10 @@ class Array:
 
     Args:
         values: a numpy or jax array of real numbers; copied.
+        argument: what error messages call it.
 
     Raises:
-        TypeError: the array does not hold real numbers, or is traced by jax.
+        TypeError: it is no array, does not hold real numbers, or is traced by jax.
         ValueError: at the call, the shape is another one.
 
     Example:
@@ -505,80 +505,80 @@ class Array:
     Source: `keras.initializers.get`, which takes arrays.
     """
 
-    def __init__(self, values):
-        message = f"`initializer` must be an array of real numbers, got {show(values)}"
+    def __init__(self, values: jax.Array | np.ndarray, argument: str = "initializer") -> None:
+        message = f"`{argument}` must be an array of real numbers, got {show(values)}"
         if isinstance(values, jax.core.Tracer):
             raise TypeError(f"{message}, which is traced.")
-        if not (
-            jnp.issubdtype(values.dtype, np.integer) or jnp.issubdtype(values.dtype, np.floating)
-        ):
+        if not isinstance(values, np.ndarray | jax.Array):
+            raise TypeError(f"{message}.")
+        real = (np.integer, np.floating)
+        if not any(jnp.issubdtype(values.dtype, kind) for kind in real):
             raise TypeError(f"{message} of dtype {values.dtype}.")
+        self._argument = argument
         self._values = np.array(values)
         self._values.flags.writeable = False
 
-    def __call__(self, key, shape, dtype=jnp.float32):
+    def __call__(
+        self, key: jax.Array | None, shape: Sequence[int], dtype: DTypeLike = jnp.float32
+    ) -> jax.Array:
         if tuple(shape) != self._values.shape:
             raise ValueError(
-                f"`initializer` must be an array of the parameter's shape {tuple(shape)}, "
+                f"`{self._argument}` must be an array of the parameter's shape {tuple(shape)}, "
                 f"got an array of shape {self._values.shape}."
             )
         return jnp.asarray(self._values.astype(dtype))
 
-    def _identity(self):
+    def _identity(self) -> tuple[Any, ...]:
         return self._values.shape, str(self._values.dtype), self._values.tobytes()
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, Array) and self._identity() == other._identity()
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash(self._identity())
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"Array(shape={self._values.shape}, dtype={self._values.dtype})"
 
 
 # The mathematics of the random initializers.
 
 
-def _key(seed, key):
+def _key(seed: int | None, key: jax.Array | None) -> jax.Array:
     """The caller's key or, for a seed, the key that Keras on JAX makes: the words [seed, 0]."""
     if seed is None:
+        if key is None:
+            raise TypeError("`key` must be a random key, as there is no `seed`, got None.")
         return key
     words = jnp.asarray(np.array([seed % 2**32, 0], np.uint32))
     return jax.random.wrap_key_data(words, impl="threefry2x32")
 
 
-def _normal(key, shape, dtype, stddev, mean=0.0):
+def _normal(
+    key: jax.Array, shape: Sequence[int], dtype: DTypeLike, stddev: float, mean: float = 0.0
+) -> jax.Array:
     return jax.random.normal(key, shape, dtype) * stddev + mean
 
 
-def _truncated_normal(key, shape, dtype, stddev, mean=0.0):
+def _truncated_normal(
+    key: jax.Array, shape: Sequence[int], dtype: DTypeLike, stddev: float, mean: float = 0.0
+) -> jax.Array:
     return jax.random.truncated_normal(key, -2.0, 2.0, shape, dtype) * stddev + mean
 
 
-def _uniform(key, shape, dtype, low, high):
+def _uniform(
+    key: jax.Array, shape: Sequence[int], dtype: DTypeLike, low: float, high: float
+) -> jax.Array:
     return jax.random.uniform(key, shape, dtype, low, high)
 
 
-_SHRINKAGE = 0.87962566103423978  # the standard deviation of a normal distribution cut at +-2
-
-
-def _variance_scaling(self, key, shape, dtype):
-    fan_in, fan_out = _fans(shape, self.input_axes, self.output_axes)
-    fan = {"fan_in": fan_in, "fan_out": fan_out, "fan_avg": (fan_in + fan_out) / 2}[self.mode]
-    variance = self.scale / max(1.0, fan)
-    key = _key(self.seed, key)
-    if self.distribution == "truncated_normal":
-        return _truncated_normal(key, shape, dtype, math.sqrt(variance) / _SHRINKAGE)
-    if self.distribution == "untruncated_normal":
-        return _normal(key, shape, dtype, math.sqrt(variance))
-    limit = math.sqrt(3.0 * variance)
-    return _uniform(key, shape, dtype, -limit, limit)
-
-
-def _fans(shape, input_axes, output_axes):
+def _fans(
+    shape: Sequence[int],
+    input_axes: tuple[int, ...] | None,
+    output_axes: tuple[int, ...] | None,
+) -> tuple[int, int]:
     """Returns (fan_in, fan_out); for a kernel (..., a, b) the leading axes count in both."""
-    if input_axes is None:
+    if input_axes is None or output_axes is None:
         if len(shape) < 2:
             return math.prod(shape), math.prod(shape)
         *window, a, b = shape
@@ -588,13 +588,13 @@ def _fans(shape, input_axes, output_axes):
             f"`input_axes` and `output_axes` must be within the rank of the shape {tuple(shape)}, "
             f"got {input_axes} and {output_axes}."
         )
-    return tuple(math.prod(shape[axis] for axis in axes) for axes in (input_axes, output_axes))
+    fan_in, fan_out = (
+        math.prod(shape[axis] for axis in axes) for axes in (input_axes, output_axes)
+    )
+    return fan_in, fan_out
 
 
-# The arguments that several initializers have.
-
-
-def _seed(value):
+def _seed(value: Any) -> int | None:
     if isinstance(value, Mapping) and value.get("class_name") == "SeedGenerator":
         value = (value.get("config") or {}).get("seed")  # what it draws with first
     if value is None:
@@ -605,29 +605,6 @@ def _seed(value):
     if not -(2**63) <= int(value) < 2**64:
         raise ValueError(message)
     return int(value)
-
-
-def _assign_normal(self):
-    assign(
-        self,
-        mean=number("mean", self.mean),
-        stddev=number("stddev", self.stddev, "finite non-negative"),
-        seed=_seed(self.seed),
-    )
-
-
-def _assign_scaling(self):
-    axes = {name: getattr(self, name) for name in ("input_axes", "output_axes")}
-    if list(axes.values()).count(None) == 1:
-        raise ValueError(
-            "`input_axes` and `output_axes` must be given together, "
-            f"got {self.input_axes} and {self.output_axes}."
-        )
-    for name, value in axes.items():
-        if value is not None:
-            value = integers(name, value)
-            axes[name] = value if isinstance(value, tuple) else (value,)
-    assign(self, seed=_seed(self.seed), **axes)
 
 
 _NAMES = spellings(
@@ -648,14 +625,12 @@ _NAMES = spellings(
     VarianceScaling,
 )
 
-_VOCABULARY = Vocabulary(
+VOCABULARY = Vocabulary(
     kind="initializer",
     module="keras.initializers",
     names=_NAMES
     | {f"{name}V2": cls for name, cls in _NAMES.items()}
-    | spellings(STFT)
     | {
-        "STFTInitializer": STFT,
         "IdentityInitializer": Identity,
         "OrthogonalInitializer": Orthogonal,
         "normal": RandomNormal,
@@ -665,13 +640,31 @@ _VOCABULARY = Vocabulary(
     }
     | dict.fromkeys(
         ("Initializer", "initializer"), Refused("is the base class, which has no values")
+    )
+    | dict.fromkeys(
+        ("STFT", "stft", "STFTInitializer"),
+        Refused("fills a kernel of shape (time, 1, frequency), which no depthwise layer has"),
     ),
     ignored=frozenset({"dtype"}),  # of TensorFlow 1
     synonyms=((jax.nn.initializers.zeros, Zeros()), (jax.nn.initializers.ones, Ones())),
+    slips={
+        "gaussian": "random_normal",
+        "glorot": "glorot_uniform",  # Keras's default for kernels
+        "he": "he_normal",
+        "kaiming": "he_uniform",  # PyTorch's default for kernels
+        "kaimingnormal": "he_normal",
+        "kaiminguniform": "he_uniform",
+        "lecun": "lecun_normal",
+        "xavier": "glorot_uniform",
+        "xaviernormal": "glorot_normal",
+        "xavieruniform": "glorot_uniform",
+    },
+    number=Constant,
+    array=Array,
 )
 
 
-def get(identifier) -> Callable[..., jax.Array] | None:
+def get(identifier: Identifier | jax.Array | np.ndarray) -> Initializer | None:
     """Returns the initializer that a Keras identifier stands for.
 
     Args:
@@ -695,12 +688,10 @@ def get(identifier) -> Callable[..., jax.Array] | None:
 
     Source: `tf.keras.initializers.get`.
     """
-    if isinstance(identifier, np.ndarray | jax.Array):
-        return Array(identifier)
-    return _VOCABULARY.get(identifier)
+    return VOCABULARY.get(identifier)
 
 
-def serialize(obj) -> dict[str, Any] | None:
+def serialize(obj: Identifier) -> dict[str, Any] | None:
     """Returns the config dict that `get`, and Keras 3, read back.
 
     Args:
@@ -721,4 +712,4 @@ def serialize(obj) -> dict[str, Any] | None:
 
     Source: `tf.keras.initializers.serialize`.
     """
-    return _VOCABULARY.serialize(get(obj))
+    return VOCABULARY.serialize(obj)

@@ -7,11 +7,14 @@ overflows nor loses its small terms.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
+import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from flax_dwconv._vocabulary import (
+    Identifier,
     Refused,
     Vocabulary,
     assign,
@@ -20,6 +23,9 @@ from flax_dwconv._vocabulary import (
     number,
     spellings,
 )
+
+Regularizer = Callable[[jax.Array], jax.Array]
+Mode = Literal["rows", "columns"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +50,12 @@ class L1:
     """
 
     l1: float = 0.01
-    renamed: ClassVar = {"l": "l1"}  # Keras 2 also wrote `l`
+    renamed: ClassVar[dict[str, str]] = {"l": "l1"}  # Keras 2 also wrote `l`
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         assign(self, l1=_factor("l1", self.l1, 0.01))
 
-    def __call__(self, x):
+    def __call__(self, x: ArrayLike) -> jax.Array:
         return self.l1 * jnp.sum(_absolute(at_least_float32(x)))
 
 
@@ -75,12 +81,12 @@ class L2:
     """
 
     l2: float = 0.01
-    renamed: ClassVar = {"l": "l2"}
+    renamed: ClassVar[dict[str, str]] = {"l": "l2"}
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         assign(self, l2=_factor("l2", self.l2, 0.01))
 
-    def __call__(self, x):
+    def __call__(self, x: ArrayLike) -> jax.Array:
         return self.l2 * jnp.sum(jnp.square(at_least_float32(x)))
 
 
@@ -112,10 +118,10 @@ class L1L2:
     l1: float = 0.0
     l2: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         assign(self, l1=_factor("l1", self.l1, 0.0), l2=_factor("l2", self.l2, 0.0))
 
-    def __call__(self, x):
+    def __call__(self, x: ArrayLike) -> jax.Array:
         return L1(self.l1)(x) + L2(self.l2)(x)
 
 
@@ -148,16 +154,16 @@ class OrthogonalRegularizer:
     """
 
     factor: float = 0.01
-    mode: str = "rows"
+    mode: Mode = "rows"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         assign(
             self,
             factor=number("factor", self.factor, "finite non-negative"),
-            mode=choice("mode", self.mode, ("rows", "columns")),
+            mode=choice("mode", self.mode, get_args(Mode)),
         )
 
-    def __call__(self, x):
+    def __call__(self, x: ArrayLike) -> jax.Array:
         if jnp.ndim(x) != 2:
             raise ValueError(
                 "Inputs to OrthogonalRegularizer must have rank 2, "
@@ -175,11 +181,11 @@ class OrthogonalRegularizer:
 _SHORTEST_ROW = 1e-6  # Keras 2; below it the gradient of |x| would not be finite
 
 
-def _factor(name, value, default):
+def _factor(name: str, value: float | None, default: float) -> float:
     return default if value is None else number(name, value, "finite non-negative")
 
 
-_VOCABULARY = Vocabulary(
+VOCABULARY = Vocabulary(
     kind="regularizer",
     module="keras.regularizers",
     names=spellings(L1, L2, L1L2, OrthogonalRegularizer)
@@ -187,10 +193,12 @@ _VOCABULARY = Vocabulary(
     | dict.fromkeys(
         ("Regularizer", "regularizer"), Refused("is the base class, which penalises nothing")
     ),
+    slips={"weightdecay": "l2"},
+    number=L2,
 )
 
 
-def _absolute(x):
+def _absolute(x: jax.Array) -> jax.Array:
     """|x| with the derivative 0 at 0, TensorFlow's; that of `jnp.abs` is 1.
 
     A bias that starts at 0 under an l1 penalty stays there, as in Keras, instead of drifting off.
@@ -198,7 +206,7 @@ def _absolute(x):
     return x * jnp.sign(x)
 
 
-def get(identifier) -> Callable[[Any], Any] | None:
+def get(identifier: Identifier) -> Regularizer | None:
     """Returns the penalty that a Keras identifier stands for.
 
     Args:
@@ -225,10 +233,10 @@ def get(identifier) -> Callable[[Any], Any] | None:
 
     Source: `tf.keras.regularizers.get`.
     """
-    return _VOCABULARY.get(identifier)
+    return VOCABULARY.get(identifier)
 
 
-def serialize(obj) -> dict[str, Any] | None:
+def serialize(obj: Identifier) -> dict[str, Any] | None:
     """Returns the config dict that `get`, and Keras 3, read back.
 
     Args:
@@ -249,4 +257,4 @@ def serialize(obj) -> dict[str, Any] | None:
 
     Source: `tf.keras.regularizers.serialize`.
     """
-    return _VOCABULARY.serialize(obj)
+    return VOCABULARY.serialize(obj)

@@ -474,7 +474,7 @@ ROOMS = {
 
 def identifiers():
     for room_name, room in ROOMS.items():
-        for name in room._VOCABULARY.names:
+        for name in room.VOCABULARY.names:
             with contextlib.suppress(ValueError):  # without arguments there is none
                 yield room_name, room.serialize(name)
 

@@ -1,0 +1,257 @@
+"""Constraints in optax: the transformation that applies them, and the tree of a model's own."""
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx, struct, traverse_util
+from flax.core import meta
+from jax.typing import ArrayLike, DTypeLike
+
+from flax_dwconv import _layer
+from flax_dwconv._vocabulary import at_least_float32
+from flax_dwconv.constraints import VOCABULARY, Projection, Stacked
+
+
+def constrain(constraints: Any) -> optax.GradientTransformation:
+    """Returns a transformation after whose updates the parameters satisfy their constraints.
+
+    In an `optax.chain` it is the last one. Defined as
+
+        updates' = project(params + updates) - params,
+
+    so that `optax.apply_updates` lands on project(params + updates), to the rounding of one sum; a
+    weight that the projection does not move keeps its update bit for bit.
+
+    Args:
+        constraints: a tree like the parameters, of projections w -> w or of what
+            `constraints.get` takes by name; None, or nothing at all, where a parameter is free. One
+            projection in place of a subtree is that of all parameters below it.
+            `collect_constraints` makes such a tree. The parameters may be another kind of mapping,
+            `nnx.State` for instance, and boxed.
+
+    Returns:
+        An `optax.GradientTransformation` without state.
+
+    Raises:
+        TypeError: a leaf is no constraint.
+        ValueError: a leaf is no known name; at `init`, a constraint is of no parameter; at
+            `update`, optax's own error if `params` is missing.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> from flax_dwconv.constraints import NonNeg
+        >>> tx = optax.chain(optax.sgd(1.0), constrain({"kernel": NonNeg()}))
+        >>> params = {"kernel": jnp.array([1.0, 2.0]), "bias": jnp.array([1.0])}
+        >>> grads = {"kernel": jnp.array([3.0, 0.5]), "bias": jnp.array([3.0])}
+        >>> updates, state = tx.update(grads, tx.init(params), params)
+        >>> optax.apply_updates(params, updates)
+        {'bias': Array([-2.], dtype=float32), 'kernel': Array([0. , 1.5], dtype=float32)}
+    """
+    flat, _ = jax.tree_util.tree_flatten_with_path(constraints, is_leaf=callable)
+    projections = {_path(keys): VOCABULARY.get(leaf, "constraints") for keys, leaf in flat}
+
+    def projection(path: tuple[Any, ...]) -> Projection | None:
+        above = (path[:n] for n in range(len(path) + 1))
+        return next((projections[place] for place in above if place in projections), None)
+
+    def init(params: Any) -> optax.EmptyState:
+        flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_absent)
+        places = [(_path(keys), _is_absent(leaf)) for keys, leaf in flat]
+        for path in projections:
+            if not any(
+                place[: len(path)] == path or (absent and path[: len(place)] == place)
+                for place, absent in places
+            ):
+                raise ValueError(
+                    "`constraints` must be a tree like the parameters, "
+                    f"got a constraint for {'/'.join(map(str, path))!r}, which is none of them."
+                )
+        return optax.EmptyState()
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        if params is None:  # optax words its own error
+            return optax.keep_params_nonnegative().update(updates, state, None)
+
+        def step(keys: Any, p: Any, u: Any) -> Any:
+            project = projection(_path(keys))
+            return u if project is None or p is None or u is None else _step(project, p, u)
+
+        return jax.tree_util.tree_map_with_path(step, params, updates, is_leaf=_is_none), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _step(project: Projection, p: ArrayLike, u: ArrayLike) -> jax.Array:
+    """Returns the update, in u's dtype, that takes p to project(p + u)."""
+    p, u = jnp.asarray(p), jnp.asarray(u)
+    new = (at_least_float32(p) + at_least_float32(u)).astype(p.dtype)
+    wanted = project(new).astype(p.dtype)
+    step = at_least_float32(wanted) - at_least_float32(p)
+    return jnp.where(wanted == new, u, step.astype(u.dtype))
+
+
+def _path(keys: Iterable[Any]) -> tuple[Any, ...]:
+    """The keys of a path in any kind of tree: of a mapping, a sequence or an attribute."""
+    return tuple(
+        next(getattr(key, a) for a in ("key", "idx", "name") if hasattr(key, a)) for key in keys
+    )
+
+
+def _is_none(leaf: Any) -> bool:
+    return leaf is None
+
+
+def _is_absent(leaf: Any) -> bool:
+    """Whether it stands for parameters that another part of the optimizer has."""
+    return leaf is None or isinstance(leaf, optax.MaskedNode)
+
+
+# The constraints of a model.
+
+
+def collect_constraints(model: Any, *example_inputs: Any, **kwargs: Any) -> Mapping[str, Any]:
+    """Returns the constraints of every layer in a model, for `constrain`.
+
+    Args:
+        model: a linen or an nnx module that holds layers of this package at any depth, but for
+            those on the other side of an `nnx.bridge`. A linen model is traced, not run, so that
+            shapes will do for inputs.
+        *example_inputs: what a linen model is called with; nnx models need none.
+        **kwargs: its keyword arguments.
+
+    Returns:
+        A dict of the structure of `variables["params"]`, or of `nnx.state(model, nnx.Param)`, with
+        a projection or None for each parameter. For layers that `nn.scan`, `nn.vmap` or `nnx.vmap`
+        stacked it is a `constraints.Stacked`. (An nnx model does not tell the axis of a stack: it
+        is the first one that fits the shape, where several do.)
+
+    Raises:
+        TypeError: `model` is no module.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> import flax_dwconv
+        >>> model = nn.Sequential([
+        ...     flax_dwconv.DepthwiseConv2D(3, depthwise_constraint="max_norm"), nn.Dense(10)])
+        >>> tree = flax_dwconv.collect_constraints(model, jnp.ones((1, 8, 8, 3)))
+        >>> tree["layers_0"], tree["layers_1"]
+        ({'bias': None, 'kernel': MaxNorm(max_value=2.0, axis=0)}, {'bias': None, 'kernel': None})
+    """
+    if isinstance(model, nn.Module):
+        return _of_linen(model, example_inputs, kwargs)
+    if isinstance(model, nnx.Module):
+        return _of_nnx(model)
+    raise TypeError(f"`model` must be a linen or an nnx module, got {type(model).__name__}.")
+
+
+class _Asked(struct.PyTreeNode, meta.AxisMetadata):
+    """A box for the parameter of a constrained layer.
+
+    Flax's transformations tell a box which axes they add, one after the other. The shapes alone
+    would not tell: a weight of shape (3, 3, 3, c, m) may be stacked along any of three axes.
+    """
+
+    value: Any
+    constraint: int = struct.field(pytree_node=False)  # its id: any object may be a constraint
+    axes: tuple[int, ...] = struct.field(pytree_node=False, default=())
+
+    def unbox(self) -> Any:
+        return self.value
+
+    def replace_boxed(self, val: Any) -> "_Asked":
+        return self.replace(value=val)
+
+    def add_axis(self, index: int, params: Any) -> "_Asked":
+        return self.replace(axes=(*self.axes, index))
+
+    def remove_axis(self, index: int, params: Any) -> "_Asked":
+        return self.replace(axes=self.axes[:-1])
+
+
+# `nn.jit` remembers traces, by the names of the RNG streams among others. Here every trace has a
+# stream of its own, so that it is neither taken from that memory nor found there as the model's.
+_TRACES = itertools.count()
+
+
+def _of_linen(model: nn.Module, args: Any, kwargs: Any) -> Mapping[str, Any]:
+    asked: dict[int, Projection] = {}
+
+    def box_parameters(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        layer, own = context.module, {}
+        if not isinstance(layer, _layer.Settings):
+            return call(*args, **kwargs)
+        for prefix in _layer.PARAMETERS.values():
+            constraint = getattr(layer, f"{prefix}_constraint")
+            if constraint is not None:
+                asked[id(constraint)] = constraint
+                name = f"{prefix}_initializer"
+                own[name] = getattr(layer, name)
+                object.__setattr__(layer, name, _boxed(id(constraint)))
+        try:
+            return call(*args, **kwargs)
+        finally:
+            for name, initializer in own.items():
+                object.__setattr__(layer, name, initializer)
+
+    # Arrays and shapes become tracers; everything else, such as `train=False`, stays what it is.
+    leaves, structure = jax.tree.flatten((args, kwargs))
+    arrays = {i: leaf for i, leaf in enumerate(leaves) if hasattr(leaf, "shape")}
+
+    key = jax.random.key(0)
+
+    def init(arrays: Any) -> Any:
+        args, kwargs = structure.unflatten([arrays.get(i, x) for i, x in enumerate(leaves)])
+        return model.init({"params": key, f"trace_{next(_TRACES)}": key}, *args, **kwargs)
+
+    with nn.intercept_methods(box_parameters):
+        params = jax.eval_shape(init, arrays).get("params", {})
+    return jax.tree.map(
+        lambda p: _stacked(asked[p.constraint], p.axes) if isinstance(p, _Asked) else None,
+        params,
+        is_leaf=meta.is_axis_metadata,
+    )
+
+
+def _boxed(constraint: int) -> Callable[..., _Asked]:
+    def initializer(key: jax.Array, shape: Sequence[int], dtype: DTypeLike) -> _Asked:
+        return _Asked(jnp.zeros(shape, dtype), constraint)
+
+    return initializer
+
+
+def _of_nnx(model: nnx.Module) -> Mapping[str, Any]:
+    asked: dict[int, Projection] = {}
+    for _, layer in nnx.iter_modules(model):
+        if isinstance(layer, _layer.Settings):
+            for name, parameter in layer._parameters(layer.in_features).items():  # pyrefly: ignore
+                if parameter.constraint is not None:
+                    variable = getattr(layer, name)
+                    axes = _added_axes(variable.shape, parameter.shape)
+                    asked[id(variable)] = _stacked(parameter.constraint, axes)
+    return traverse_util.unflatten_dict(
+        {
+            path: asked.get(id(variable))
+            for path, variable in nnx.iter_graph(model)
+            if isinstance(variable, nnx.Param)
+        }
+    )
+
+
+def _added_axes(shape: tuple[int, ...], own: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the first axes without which `shape` is `own`."""
+    choices = list(itertools.combinations(range(len(shape)), len(shape) - len(own)))
+    fits = (
+        axes for axes in choices if own == tuple(n for i, n in enumerate(shape) if i not in axes)
+    )
+    return next(fits, choices[0])
+
+
+def _stacked(constraint: Projection, axes: Iterable[int]) -> Projection:
+    for axis in axes:
+        constraint = Stacked(constraint, axis)
+    return constraint
