@@ -31,7 +31,7 @@ class Refused:
     """The table entry of a name that Keras knows and this library cannot honour.
 
     Attributes:
-        reason: the end of the sentence that begins with the name.
+        reason: the end of the sentence "got NAME, which ...".
     """
 
     reason: str
@@ -135,7 +135,7 @@ class Vocabulary:
             hint = nearest(name, self.names, self.slips.get(stem, stem))
             raise ValueError(f"{_complaint(argument)} got {show(name)}{hint}")
         if isinstance(entry, Refused):
-            raise ValueError(f"{_complaint(argument)} {show(name)} {entry.reason}.")
+            raise ValueError(f"{_complaint(argument)} got {show(name)}, which {entry.reason}.")
         is_class = isinstance(entry, type | functools.partial)
         parameters = inspect.signature(entry).parameters if is_class else {}
         renamed = getattr(entry, "renamed", {})
@@ -206,7 +206,8 @@ def _read(argument: str, identifier: Mapping[str, Any]) -> tuple[str, Mapping[st
     if not isinstance(module, str | None):
         raise TypeError(f"{complaint} 'module' must be a name, got {show(module)}.")
     if ">" in str(identifier.get("registered_name")):
-        raise ValueError(f"{complaint} {show(identifier['registered_name'])} is a custom object.")
+        registered = show(identifier["registered_name"])
+        raise ValueError(f"{complaint} got {registered}, which is a custom object.")
     # Keras 3 writes "builtins" as the module of a plain function.
     if module is not None and module.partition(".")[0] not in (*KERAS_IN_CONFIGS, "builtins"):
         raise ValueError(
@@ -222,8 +223,8 @@ def _instance(argument: str, cls: type) -> Any:
         return cls()
     except Exception as error:
         raise ValueError(
-            f"{_complaint(argument)} the class {cls.__name__} cannot be made without arguments, "
-            "pass an instance."
+            f"{_complaint(argument)} got the class {cls.__name__}, which cannot be made without "
+            "arguments: pass an instance."
         ) from error
 
 

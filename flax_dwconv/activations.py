@@ -552,7 +552,7 @@ VOCABULARY = Vocabulary(
     | {"threshold": Threshold}
     | dict.fromkeys(
         ("PReLU", "prelu"),
-        Refused("has weights of its own, which an activation function cannot hold"),
+        Refused("has weights of its own, as an activation function cannot"),
     ),
     none=linear,
     ignored=frozenset({"name", "trainable", "dtype", "batch_input_shape"}),  # of every Keras layer

@@ -638,12 +638,10 @@ VOCABULARY = Vocabulary(
         "one": Ones,
         "zero": Zeros,
     }
-    | dict.fromkeys(
-        ("Initializer", "initializer"), Refused("is the base class, which has no values")
-    )
+    | dict.fromkeys(("Initializer", "initializer"), Refused("is the base class and has no values"))
     | dict.fromkeys(
         ("STFT", "stft", "STFTInitializer"),
-        Refused("fills a kernel of shape (time, 1, frequency), which no depthwise layer has"),
+        Refused("fills a kernel of shape (time, 1, frequency), as no depthwise layer has"),
     ),
     ignored=frozenset({"dtype"}),  # of TensorFlow 1
     synonyms=((jax.nn.initializers.zeros, Zeros()), (jax.nn.initializers.ones, Ones())),

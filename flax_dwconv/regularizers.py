@@ -191,7 +191,7 @@ VOCABULARY = Vocabulary(
     names=spellings(L1, L2, L1L2, OrthogonalRegularizer)
     | {"l1_l2": functools.partial(L1L2, l1=0.01, l2=0.01)}
     | dict.fromkeys(
-        ("Regularizer", "regularizer"), Refused("is the base class, which penalises nothing")
+        ("Regularizer", "regularizer"), Refused("is the base class and penalises nothing")
     ),
     slips={"weightdecay": "l2"},
     number=L2,

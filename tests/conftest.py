@@ -48,6 +48,12 @@ def strict_jax():
     yield from _config(jax_numpy_dtype_promotion="strict", jax_numpy_rank_promotion="raise")
 
 
+@pytest.fixture(scope="session")
+def keras():
+    """Keras 3 on JAX, as set above; where there is none, its tests are skipped."""
+    return pytest.importorskip("keras")
+
+
 @pytest.fixture
 def x64():
     """float64 for one test."""

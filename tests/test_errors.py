@@ -503,77 +503,79 @@ ERRORS = [
     (
         lambda: layer(depthwise_initializer="glorot"),
         ValueError,
-        "Could not interpret `initializer` identifier: got 'glorot', did you mean 'GlorotNormal'?",
+        "Could not interpret `depthwise_initializer` identifier: got 'glorot', did you mean "
+        "'glorot_uniform'?",
     ),
     (
         lambda: layer(depthwise_initializer=1.0),
         TypeError,
-        "Could not interpret `initializer` identifier: it must be a name, a config dict "
-        "or a callable, got 1.0.",
+        "Could not interpret `depthwise_initializer` identifier: it must be a name, a config dict "
+        "or a callable, got 1.0, did you mean `Constant(1.0)`?",
     ),
     (
         lambda: layer(depthwise_initializer={"config": {}}),
         ValueError,
-        "Could not interpret `initializer` identifier: a config dict needs a "
+        "Could not interpret `depthwise_initializer` identifier: a config dict needs a "
         "'class_name', got {'config': {}}.",
     ),
     (
         lambda: layer(bias_initializer="zeroes"),
         ValueError,
-        "Could not interpret `initializer` identifier: got 'zeroes', did you mean 'zeros'?",
+        "Could not interpret `bias_initializer` identifier: got 'zeroes', did you mean 'zeros'?",
     ),
     (
         lambda: layer(bias_initializer={"class_name": "Constant", "config": {"value": "x"}}),
         TypeError,
-        "`value` must be a finite number, got 'x'.",
+        "`bias_initializer`: `value` must be a finite number, got 'x'.",
     ),
     (
         lambda: layer(depthwise_regularizer="l3"),
         ValueError,
-        "Could not interpret `regularizer` identifier: got 'l3', did you mean 'l2'?",
+        "Could not interpret `depthwise_regularizer` identifier: got 'l3', did you mean 'l2'?",
     ),
     (
         lambda: layer(depthwise_regularizer=0.01),
         TypeError,
-        "Could not interpret `regularizer` identifier: it must be a name, a config dict "
-        "or a callable, got 0.01.",
+        "Could not interpret `depthwise_regularizer` identifier: it must be a name, a config dict "
+        "or a callable, got 0.01, did you mean `L2(0.01)`?",
     ),
     (
         lambda: layer(depthwise_regularizer={"class_name": "L2", "config": {"l2": -1.0}}),
         ValueError,
-        "`l2` must be a finite non-negative number, got -1.0.",
+        "`depthwise_regularizer`: `l2` must be a finite non-negative number, got -1.0.",
     ),
     (
         lambda: layer(depthwise_regularizer={"class_name": "L2", "config": {"l1": 1.0}}),
         ValueError,
-        "`regularizer` 'L2' has no argument 'l1', did you mean 'l2'?",
+        "`depthwise_regularizer` 'L2' has no argument 'l1', did you mean 'l2'?",
     ),
     (
         lambda: layer(bias_regularizer="L3"),
         ValueError,
-        "Could not interpret `regularizer` identifier: got 'L3', did you mean 'L2'?",
+        "Could not interpret `bias_regularizer` identifier: got 'L3', did you mean 'L2'?",
     ),
     (
         lambda: layer(activity_regularizer=["l1"]),
         TypeError,
-        "Could not interpret `regularizer` identifier: it must be a name, a config dict "
+        "Could not interpret `activity_regularizer` identifier: it must be a name, a config dict "
         "or a callable, got ['l1'].",
     ),
     (
         lambda: layer(depthwise_constraint="maxnorms"),
         ValueError,
-        "Could not interpret `constraint` identifier: got 'maxnorms', did you mean 'maxnorm'?",
+        "Could not interpret `depthwise_constraint` identifier: got 'maxnorms', did you mean "
+        "'maxnorm'?",
     ),
     (
         lambda: layer(depthwise_constraint={"class_name": "MaxNorm", "config": {"axis": 0.5}}),
         TypeError,
-        "`axis` must be an int or a tuple of different ints, got 0.5.",
+        "`depthwise_constraint`: `axis` must be an int or a tuple of different ints, got 0.5.",
     ),
     (
         lambda: layer(bias_constraint=2),
         TypeError,
-        "Could not interpret `constraint` identifier: it must be a name, a config dict or"
-        " a callable, got 2.",
+        "Could not interpret `bias_constraint` identifier: it must be a name, a config dict or"
+        " a callable, got 2, did you mean `MaxNorm(2.0)`?",
     ),
     (
         lambda: layer(dtype="float99"),
@@ -727,6 +729,12 @@ ERRORS = [
         "`activity_regularizer` must return a scalar, got an array of shape (4, 3, 3).",
     ),
     (
+        lambda: init(depthwise_initializer=np.ones((3, 3))),
+        ValueError,
+        "`depthwise_initializer` must be an array of the parameter's shape (3, 3, 3, 1), "
+        "got an array of shape (3, 3).",
+    ),
+    (
         lambda: init(bias_initializer="identity"),
         ValueError,
         "`Identity` must initialize a matrix, got the shape (3,).",
@@ -856,12 +864,19 @@ ERRORS = [
     (
         lambda: config(depthwise_initializer={"class_name": "Glorot", "config": {}}),
         ValueError,
-        "Could not interpret `initializer` identifier: got 'Glorot', did you mean 'GlorotNormal'?",
+        "Could not interpret `depthwise_initializer` identifier: got 'Glorot', did you mean "
+        "'GlorotUniform'?",
+    ),
+    (
+        lambda: config(depthwise_initializer={"class_name": "STFT", "config": {"side": "real"}}),
+        ValueError,
+        "Could not interpret `depthwise_initializer` identifier: got 'STFT', which fills a kernel "
+        "of shape (time, 1, frequency), as no depthwise layer has.",
     ),
     (
         lambda: config(depthwise_constraint={"class_name": "UnitNorm", "config": {"axes": 0}}),
         ValueError,
-        "`constraint` 'UnitNorm' has no argument 'axes', did you mean 'axis'?",
+        "`depthwise_constraint` 'UnitNorm' has no argument 'axes', did you mean 'axis'?",
     ),
     (
         lambda: config(dtype="float99"),
