@@ -27,7 +27,7 @@ from flax_dwconv._vocabulary import (
 )
 
 Activation = Callable[[jax.Array], jax.Array]
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 def _in_float32(f: Activation) -> Callable[[ArrayLike], jax.Array]:
@@ -107,7 +107,7 @@ def _relu6_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[A
     return y, lax.select((y > 0) & (y < 6), t, lax.full_like(t, 0))
 
 
-def linear(x: T) -> T:
+def linear(x: _T) -> _T:
     """Returns x.
 
     Defined as `x`; what None stands for.

@@ -28,7 +28,7 @@ from flax_dwconv._vocabulary import (
 )
 
 Projection = Callable[[jax.Array], jax.Array]
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 _EPSILON = 1e-7
 
@@ -44,7 +44,7 @@ class Constraint:
     Source: `tf.keras.constraints.Constraint`.
     """
 
-    def __call__(self, w: T) -> T:
+    def __call__(self, w: _T) -> _T:
         return w
 
 

@@ -424,7 +424,7 @@ def test_a_custom_object_with_the_name_of_a_keras_one(tmp_path):
     with pytest.raises(ValueError, match="`config` must be of Keras's DepthwiseConv2D"):
         keras_io.from_config(custom)
     penalty = {"module": None, "class_name": "L2", "config": {}, "registered_name": "pkg>L2"}
-    with pytest.raises(ValueError, match="`regularizer` identifier: 'pkg>L2' is a custom object"):
+    with pytest.raises(ValueError, match="`depthwise_regularizer` identifier: got 'pkg>L2', which"):
         DepthwiseConv2D(3, depthwise_regularizer=penalty)
 
 
