@@ -41,12 +41,6 @@ def _in_float32(f: Activation) -> Callable[[ArrayLike], jax.Array]:
     return wrapped
 
 
-# The rectifiers. The derivatives are written out, and taken at the result y, which has the same
-# derivative there as at x. So nothing but the function itself reads x, and XLA:CPU computes a
-# convolution, its bias and the rectifier in one loop. A derivative that read x would make x an
-# array of its own in a train step, which takes 1.1 times as long.
-
-
 @jax.custom_jvp
 @jax.jit
 def relu(x: ArrayLike) -> jax.Array:
@@ -54,11 +48,10 @@ def relu(x: ArrayLike) -> jax.Array:
 
     Defined as `max(x, 0)`, with the derivative 1 for x > 0, and 0 else.
 
-    Args:
-        x: an array of real numbers.
-
-    Returns:
-        An array of the shape and dtype of x.
+    The derivative is taken at the result, where it is the same as at x. So nothing but the function
+    itself reads x, and XLA:CPU computes a convolution, its bias and the rectifier in one loop. A
+    derivative that read x would make x an array of its own in a train step, which takes 1.1 times
+    as long.
 
     Example:
         >>> import jax
@@ -71,7 +64,7 @@ def relu(x: ArrayLike) -> jax.Array:
 
 
 @relu.defjvp
-def _relu_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[Any, Any]:
+def _relu_jvp(primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
     (x,), (t,) = primals, tangents
     y = relu(x)
     return y, lax.select(y > 0, t, lax.full_like(t, 0))
@@ -82,13 +75,8 @@ def _relu_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[An
 def relu6(x: ArrayLike) -> jax.Array:
     """The rectifier that saturates at 6.
 
-    Defined as `min(max(x, 0), 6)`, with the derivative 1 for 0 < x < 6, and 0 else.
-
-    Args:
-        x: an array of real numbers.
-
-    Returns:
-        An array of the shape of x and, if that is floating, its dtype.
+    Defined as `min(max(x, 0), 6)`, with the derivative 1 for 0 < x < 6, and 0 else; taken at the
+    result, as that of `relu`.
 
     Example:
         >>> import jax
@@ -101,7 +89,7 @@ def relu6(x: ArrayLike) -> jax.Array:
 
 
 @relu6.defjvp
-def _relu6_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[Any, Any]:
+def _relu6_jvp(primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
     (x,), (t,) = primals, tangents
     y = relu6(x)
     return y, lax.select((y > 0) & (y < 6), t, lax.full_like(t, 0))
@@ -297,9 +285,8 @@ def sparsemax(x: jax.Array) -> jax.Array:
     size = jnp.sum(1 + k * descending > jnp.cumsum(descending, axis=-1), axis=-1, keepdims=True)
     smallest = jnp.take_along_axis(descending, size - 1, axis=-1)
     support = z >= smallest
-    tau = (jnp.sum(jnp.where(support, z, 0.0), axis=-1, keepdims=True) - 1) / jnp.sum(
-        support, axis=-1, keepdims=True
-    ).astype(z.dtype)
+    size = jnp.sum(support, axis=-1, keepdims=True).astype(z.dtype)
+    tau = (jnp.sum(jnp.where(support, z, 0.0), axis=-1, keepdims=True) - 1) / size
     return jax.nn.relu(z - tau)
 
 
@@ -494,66 +481,40 @@ class Threshold:
     default_value: float
 
     def __post_init__(self) -> None:
-        assign(
-            self,
-            threshold=number("threshold", self.threshold),
-            default_value=number("default_value", self.default_value),
-        )
+        names = ["threshold", "default_value"]
+        assign(self, **{name: number(name, getattr(self, name)) for name in names})
 
     def __call__(self, x: ArrayLike) -> jax.Array:
         x = jnp.asarray(x)
         return jnp.where(x > self.threshold, x, self.default_value)
 
 
-# The first of several names of one function is the one that `serialize` writes.
-_FUNCTIONS = {
-    "celu": jax.nn.celu,
-    "elu": jax.nn.elu,
-    "exponential": exponential,
-    "gelu": gelu,
-    "glu": jax.nn.glu,
-    "hard_shrink": hard_shrink,
-    "hard_sigmoid": hard_sigmoid,
-    "hard_silu": jax.nn.hard_silu,
-    "hard_swish": jax.nn.hard_silu,
-    "hard_tanh": jax.nn.hard_tanh,
-    "leaky_relu": leaky_relu,
-    "linear": linear,
-    "log_sigmoid": jax.nn.log_sigmoid,
-    "log_softmax": jax.nn.log_softmax,
-    "mish": jax.nn.mish,
-    "relu": relu,
-    "relu6": relu6,
-    "selu": jax.nn.selu,
-    "sigmoid": jax.nn.sigmoid,
-    "silu": jax.nn.silu,
-    "soft_shrink": soft_shrink,
-    "softmax": jax.nn.softmax,
-    "softplus": jax.nn.softplus,
-    "softsign": softsign,
-    "sparse_plus": sparse_plus,
-    "sparse_sigmoid": jax.nn.sparse_sigmoid,
-    "sparsemax": sparsemax,
-    "squareplus": squareplus,
-    "swish": jax.nn.silu,
-    "tanh": jnp.tanh,
-    "tanh_shrink": tanh_shrink,
-}
+# Names of `jax.nn` that mean the same there.
+_OF_JAX = [
+    *["celu", "elu", "glu", "hard_silu", "hard_tanh", "log_sigmoid", "log_softmax", "mish", "selu"],
+    *["sigmoid", "silu", "softmax", "softplus", "sparse_sigmoid"],
+]
 
-_OBJECTS = {
-    cls.__name__: cls for cls in (ReLU, LeakyReLU, ELU, Softmax, ThresholdedReLU, Threshold)
-}
+# The first of several names of one function is the one that `serialize` writes.
+_FUNCTIONS = (
+    {name: getattr(jax.nn, name) for name in _OF_JAX}
+    | {
+        f.__name__: f
+        for f in [
+            *[exponential, gelu, hard_shrink, hard_sigmoid, leaky_relu, linear, relu, relu6],
+            *[soft_shrink, softsign, sparse_plus, sparsemax, squareplus, tanh_shrink],
+        ]
+    }
+    | {"hard_swish": jax.nn.hard_silu, "swish": jax.nn.silu, "tanh": jnp.tanh}
+)
 
 VOCABULARY = Vocabulary(
     kind="activation",
     module="keras.layers",
     names=_FUNCTIONS
-    | _OBJECTS
+    | {cls.__name__: cls for cls in (ReLU, LeakyReLU, ELU, Softmax, ThresholdedReLU, Threshold)}
     | {"threshold": Threshold}
-    | dict.fromkeys(
-        ("PReLU", "prelu"),
-        Refused("has weights of its own, as an activation function cannot"),
-    ),
+    | dict.fromkeys(("PReLU", "prelu"), Refused("has weights, as an activation function cannot")),
     none=linear,
     ignored=frozenset({"name", "trainable", "dtype", "batch_input_shape"}),  # of every Keras layer
     synonyms=(
@@ -573,11 +534,9 @@ VOCABULARY = Vocabulary(
         (jnp.exp, exponential),
     ),
     slips={
-        "exp": "exponential",
         "hsigmoid": "hard_sigmoid",
         "hswish": "hard_swish",
         "identity": "linear",
-        "logistic": "sigmoid",
         "none": "linear",
     },
 )

@@ -10,7 +10,7 @@ here because the functions of `jax.nn.initializers` multiply in another order an
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal, get_args
 
 import jax
@@ -18,19 +18,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from flax_dwconv._random import Axes, Key, Shape, check_axes, check_seed, fans, seeded_key
 from flax_dwconv._vocabulary import (
     Identifier,
     Refused,
     Vocabulary,
     assign,
     choice,
-    integers,
     number,
     show,
     spellings,
 )
 
-Initializer = Callable[[jax.Array, Sequence[int], DTypeLike], jax.Array]
+Initializer = Callable[[jax.Array, Shape, DTypeLike], jax.Array]
 Mode = Literal["fan_in", "fan_out", "fan_avg"]
 Distribution = Literal["truncated_normal", "untruncated_normal", "uniform"]
 
@@ -46,9 +46,7 @@ class Zeros:
     Source: `tf.keras.initializers.Zeros`.
     """
 
-    def __call__(
-        self, key: jax.Array | None, shape: Sequence[int], dtype: DTypeLike = jnp.float32
-    ) -> jax.Array:
+    def __call__(self, key: Key, shape: Shape, dtype: DTypeLike = jnp.float32) -> jax.Array:
         return jnp.zeros(shape, dtype)
 
 
@@ -63,9 +61,7 @@ class Ones:
     Source: `tf.keras.initializers.Ones`.
     """
 
-    def __call__(
-        self, key: jax.Array | None, shape: Sequence[int], dtype: DTypeLike = jnp.float32
-    ) -> jax.Array:
+    def __call__(self, key: Key, shape: Shape, dtype: DTypeLike = jnp.float32) -> jax.Array:
         return jnp.ones(shape, dtype)
 
 
@@ -92,9 +88,7 @@ class Constant:
     def __post_init__(self) -> None:
         assign(self, value=number("value", self.value))
 
-    def __call__(
-        self, key: jax.Array | None, shape: Sequence[int], dtype: DTypeLike = jnp.float32
-    ) -> jax.Array:
+    def __call__(self, key: Key, shape: Shape, dtype: DTypeLike = jnp.float32) -> jax.Array:
         return jnp.full(shape, self.value, dtype)
 
 
@@ -122,9 +116,7 @@ class Identity:
     def __post_init__(self) -> None:
         assign(self, gain=number("gain", self.gain))
 
-    def __call__(
-        self, key: jax.Array | None, shape: Sequence[int], dtype: DTypeLike = jnp.float32
-    ) -> jax.Array:
+    def __call__(self, key: Key, shape: Shape, dtype: DTypeLike = jnp.float32) -> jax.Array:
         if len(shape) != 2:
             raise ValueError(f"`Identity` must initialize a matrix, got the shape {tuple(shape)}.")
         return self.gain * jnp.eye(*shape, dtype=dtype)
@@ -143,7 +135,7 @@ class _NormalArguments:
             self,
             mean=number("mean", self.mean),
             stddev=number("stddev", self.stddev, "finite non-negative"),
-            seed=_seed(self.seed),
+            seed=check_seed(self.seed),
         )
 
 
@@ -168,10 +160,9 @@ class RandomNormal(_NormalArguments):
     Source: `tf.keras.initializers.RandomNormal`.
     """
 
-    def __call__(
-        self, key: jax.Array | None, shape: Sequence[int], dtype: DTypeLike = jnp.float32
-    ) -> jax.Array:
-        return _normal(_key(self.seed, key), shape, dtype, self.stddev, self.mean)
+    def __call__(self, key: Key, shape: Shape, dtype: DTypeLike = jnp.float32) -> jax.Array:
+        z = jax.random.normal(seeded_key(self.seed, key), shape, dtype)
+        return z * self.stddev + self.mean
 
 
 class TruncatedNormal(_NormalArguments):
@@ -195,10 +186,9 @@ class TruncatedNormal(_NormalArguments):
     Source: `tf.keras.initializers.TruncatedNormal`.
     """
 
-    def __call__(
-        self, key: jax.Array | None, shape: Sequence[int], dtype: DTypeLike = jnp.float32
-    ) -> jax.Array:
-        return _truncated_normal(_key(self.seed, key), shape, dtype, self.stddev, self.mean)
+    def __call__(self, key: Key, shape: Shape, dtype: DTypeLike = jnp.float32) -> jax.Array:
+        z = jax.random.truncated_normal(seeded_key(self.seed, key), -2.0, 2.0, shape, dtype)
+        return z * self.stddev + self.mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,17 +220,16 @@ class RandomUniform:
             self,
             minval=number("minval", self.minval),
             maxval=number("maxval", self.maxval),
-            seed=_seed(self.seed),
+            seed=check_seed(self.seed),
         )
         if self.minval > self.maxval:
             raise ValueError(
                 f"`minval` must not exceed `maxval` (={self.maxval}), got {self.minval}."
             )
 
-    def __call__(
-        self, key: jax.Array | None, shape: Sequence[int], dtype: DTypeLike = jnp.float32
-    ) -> jax.Array:
-        return _uniform(_key(self.seed, key), shape, dtype, self.minval, self.maxval)
+    def __call__(self, key: Key, shape: Shape, dtype: DTypeLike = jnp.float32) -> jax.Array:
+        key = seeded_key(self.seed, key)
+        return jax.random.uniform(key, shape, dtype, self.minval, self.maxval)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,11 +260,9 @@ class Orthogonal:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        assign(self, gain=number("gain", self.gain), seed=_seed(self.seed))
+        assign(self, gain=number("gain", self.gain), seed=check_seed(self.seed))
 
-    def __call__(
-        self, key: jax.Array | None, shape: Sequence[int], dtype: DTypeLike = jnp.float32
-    ) -> jax.Array:
+    def __call__(self, key: Key, shape: Shape, dtype: DTypeLike = jnp.float32) -> jax.Array:
         if len(shape) < 2:
             raise ValueError(
                 f"`Orthogonal` must initialize at least a matrix, got the shape {tuple(shape)}."
@@ -283,7 +270,8 @@ class Orthogonal:
         rows, columns = math.prod(shape[:-1]), shape[-1]
         # There is no QR in half precision.
         wide = jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
-        a = jax.random.normal(_key(self.seed, key), (max(rows, columns), min(rows, columns)), wide)
+        key = seeded_key(self.seed, key)
+        a = jax.random.normal(key, (max(rows, columns), min(rows, columns)), wide)
         q, r = jnp.linalg.qr(a)
         q = q * jnp.sign(jnp.diag(r))[None, :]
         return (self.gain * (q.T if rows < columns else q).reshape(shape)).astype(dtype)
@@ -326,20 +314,10 @@ class VarianceScaling:
     mode: Mode = "fan_in"
     distribution: Distribution = "truncated_normal"
     seed: int | None = None
-    input_axes: tuple[int, ...] | None = dataclasses.field(default=None, metadata=_NEWER)
-    output_axes: tuple[int, ...] | None = dataclasses.field(default=None, metadata=_NEWER)
+    input_axes: Axes = dataclasses.field(default=None, metadata=_NEWER)
+    output_axes: Axes = dataclasses.field(default=None, metadata=_NEWER)
 
     def __post_init__(self) -> None:
-        axes: dict[str, Any] = {"input_axes": self.input_axes, "output_axes": self.output_axes}
-        if list(axes.values()).count(None) == 1:
-            raise ValueError(
-                "`input_axes` and `output_axes` must be given together, "
-                f"got {show(self.input_axes)} and {show(self.output_axes)}."
-            )
-        for name, value in axes.items():
-            if value is not None:
-                value = integers(name, value)
-                axes[name] = value if isinstance(value, tuple) else (value,)
         distribution = self.distribution
         if isinstance(distribution, str):
             distribution = distribution.lower()
@@ -350,52 +328,42 @@ class VarianceScaling:
             scale=number("scale", self.scale, "finite positive"),
             mode=choice("mode", self.mode, get_args(Mode)),
             distribution=choice("distribution", distribution, get_args(Distribution)),
-            seed=_seed(self.seed),
-            **axes,
+            seed=check_seed(self.seed),
+            **check_axes(self.input_axes, self.output_axes),
         )
 
-    def __call__(
-        self, key: jax.Array | None, shape: Sequence[int], dtype: DTypeLike = jnp.float32
-    ) -> jax.Array:
-        fan_in, fan_out = _fans(shape, self.input_axes, self.output_axes)
+    def __call__(self, key: Key, shape: Shape, dtype: DTypeLike = jnp.float32) -> jax.Array:
+        fan_in, fan_out = fans(shape, self.input_axes, self.output_axes)
         fan = {"fan_in": fan_in, "fan_out": fan_out, "fan_avg": (fan_in + fan_out) / 2}[self.mode]
         variance = self.scale / max(1.0, fan)
-        key = _key(self.seed, key)
+        key = seeded_key(self.seed, key)
         if self.distribution == "truncated_normal":
-            return _truncated_normal(key, shape, dtype, math.sqrt(variance) / _SHRINKAGE)
+            z = jax.random.truncated_normal(key, -2.0, 2.0, shape, dtype)
+            return z * (math.sqrt(variance) / _SHRINKAGE)
         if self.distribution == "untruncated_normal":
-            return _normal(key, shape, dtype, math.sqrt(variance))
+            return jax.random.normal(key, shape, dtype) * math.sqrt(variance)
         limit = math.sqrt(3.0 * variance)
-        return _uniform(key, shape, dtype, -limit, limit)
+        return jax.random.uniform(key, shape, dtype, -limit, limit)
 
 
 @dataclasses.dataclass(frozen=True)
 class _NamedScaling:
-    """A VarianceScaling under a name of its own, with fixed scale, mode and distribution."""
+    """A VarianceScaling under a name of its own, whose first three arguments are fixed."""
 
     seed: int | None = None
-    input_axes: tuple[int, ...] | None = dataclasses.field(default=None, metadata=_NEWER)
-    output_axes: tuple[int, ...] | None = dataclasses.field(default=None, metadata=_NEWER)
+    input_axes: Axes = dataclasses.field(default=None, metadata=_NEWER)
+    output_axes: Axes = dataclasses.field(default=None, metadata=_NEWER)
     scale: ClassVar[float]
     mode: ClassVar[Mode]
     distribution: ClassVar[Distribution]
 
     def __post_init__(self) -> None:
-        made = self._scaling()
-        assign(self, seed=made.seed, input_axes=made.input_axes, output_axes=made.output_axes)
+        axes = check_axes(self.input_axes, self.output_axes)
+        assign(self, seed=check_seed(self.seed), **axes)
 
-    def __call__(
-        self, key: jax.Array | None, shape: Sequence[int], dtype: DTypeLike = jnp.float32
-    ) -> jax.Array:
-        return self._scaling()(key, shape, dtype)
-
-    def _scaling(self) -> VarianceScaling:
-        return VarianceScaling(
-            self.scale, self.mode, self.distribution, self.seed, self.input_axes, self.output_axes
-        )
-
-
-# Their arguments are the last three of `VarianceScaling`.
+    def __call__(self, key: Key, shape: Shape, dtype: DTypeLike = jnp.float32) -> jax.Array:
+        fixed, given = (self.scale, self.mode, self.distribution), dataclasses.astuple(self)
+        return VarianceScaling(*fixed, *given)(key, shape, dtype)
 
 
 class GlorotNormal(_NamedScaling):
@@ -518,9 +486,7 @@ class Array:
         self._values = np.array(values)
         self._values.flags.writeable = False
 
-    def __call__(
-        self, key: jax.Array | None, shape: Sequence[int], dtype: DTypeLike = jnp.float32
-    ) -> jax.Array:
+    def __call__(self, key: Key, shape: Shape, dtype: DTypeLike = jnp.float32) -> jax.Array:
         if tuple(shape) != self._values.shape:
             raise ValueError(
                 f"`{self._argument}` must be an array of the parameter's shape {tuple(shape)}, "
@@ -541,88 +507,9 @@ class Array:
         return f"Array(shape={self._values.shape}, dtype={self._values.dtype})"
 
 
-# The mathematics of the random initializers.
-
-
-def _key(seed: int | None, key: jax.Array | None) -> jax.Array:
-    """The caller's key or, for a seed, the key that Keras on JAX makes: the words [seed, 0]."""
-    if seed is None:
-        if key is None:
-            raise TypeError("`key` must be a random key, as there is no `seed`, got None.")
-        return key
-    words = jnp.asarray(np.array([seed % 2**32, 0], np.uint32))
-    return jax.random.wrap_key_data(words, impl="threefry2x32")
-
-
-def _normal(
-    key: jax.Array, shape: Sequence[int], dtype: DTypeLike, stddev: float, mean: float = 0.0
-) -> jax.Array:
-    return jax.random.normal(key, shape, dtype) * stddev + mean
-
-
-def _truncated_normal(
-    key: jax.Array, shape: Sequence[int], dtype: DTypeLike, stddev: float, mean: float = 0.0
-) -> jax.Array:
-    return jax.random.truncated_normal(key, -2.0, 2.0, shape, dtype) * stddev + mean
-
-
-def _uniform(
-    key: jax.Array, shape: Sequence[int], dtype: DTypeLike, low: float, high: float
-) -> jax.Array:
-    return jax.random.uniform(key, shape, dtype, low, high)
-
-
-def _fans(
-    shape: Sequence[int],
-    input_axes: tuple[int, ...] | None,
-    output_axes: tuple[int, ...] | None,
-) -> tuple[int, int]:
-    """Returns (fan_in, fan_out); for a kernel (..., a, b) the leading axes count in both."""
-    if input_axes is None or output_axes is None:
-        if len(shape) < 2:
-            return math.prod(shape), math.prod(shape)
-        *window, a, b = shape
-        return math.prod(window) * a, math.prod(window) * b
-    if not all(-len(shape) <= axis < len(shape) for axis in input_axes + output_axes):
-        raise ValueError(
-            f"`input_axes` and `output_axes` must be within the rank of the shape {tuple(shape)}, "
-            f"got {input_axes} and {output_axes}."
-        )
-    fan_in, fan_out = (
-        math.prod(shape[axis] for axis in axes) for axes in (input_axes, output_axes)
-    )
-    return fan_in, fan_out
-
-
-def _seed(value: Any) -> int | None:
-    if isinstance(value, Mapping) and value.get("class_name") == "SeedGenerator":
-        value = (value.get("config") or {}).get("seed")  # what it draws with first
-    if value is None:
-        return None
-    message = f"`seed` must be None or an integer of at most 64 bits, got {show(value)}."
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(message)
-    if not -(2**63) <= int(value) < 2**64:
-        raise ValueError(message)
-    return int(value)
-
-
 _NAMES = spellings(
-    Constant,
-    Identity,
-    Ones,
-    Zeros,
-    GlorotNormal,
-    GlorotUniform,
-    HeNormal,
-    HeUniform,
-    LecunNormal,
-    LecunUniform,
-    Orthogonal,
-    RandomNormal,
-    RandomUniform,
-    TruncatedNormal,
-    VarianceScaling,
+    *[Constant, Identity, Ones, Zeros, RandomNormal, RandomUniform, TruncatedNormal, Orthogonal],
+    *[VarianceScaling, GlorotNormal, GlorotUniform, HeNormal, HeUniform, LecunNormal, LecunUniform],
 )
 
 VOCABULARY = Vocabulary(

@@ -340,7 +340,7 @@ ERRORS = [  # (kind, identifier, error, message)
         "activation",
         "PReLU",
         ValueError,
-        "Could not interpret ARGUMENT identifier: got 'PReLU', which has weights of its own, "
+        "Could not interpret ARGUMENT identifier: got 'PReLU', which has weights, "
         "as an activation function cannot.",
     ),
     (
