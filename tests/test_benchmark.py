@@ -1,653 +1,350 @@
-"""The benchmark: its arithmetic on made-up times, its workers on tiny cases, its refusals."""
+"""The benchmark: its report of made-up times, its processes, one real run, its refusals."""
 
-import dataclasses
+import functools
 import json
-import math
 import os
 import signal
-import subprocess
-import sys
-import textwrap
-from statistics import geometric_mean
+import time
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
 
-from flax_dwconv import benchmark
-from flax_dwconv.benchmark import LIMIT, OURS, PEER, Case, Results, Summary
+from flax_dwconv.benchmark import __main__ as program
+from flax_dwconv.benchmark import cases, driver, peers, report, run
+from flax_dwconv.benchmark.cases import Case
 
-SMALL = Case("small", 1, 4, 4, 8, 3, 2, "same")
-BIG = Case("big", 2, 64, 64, 64, 3, 1, "valid")
-
-
-def made_up():
-    """Two cases, two peers, two rounds: forward takes ours 1 and 4, train 3 and 6 seconds."""
-    results = Results()
-    for case, mode, ours in [
-        (SMALL, "forward", 1.0),
-        (BIG, "forward", 4.0),
-        (BIG.doubled, "forward", 10.0),
-        (SMALL, "train", 3.0),
-        (BIG, "train", 6.0),
-    ]:
-        times = {OURS: {"jit": ours}}
-        if case in (SMALL, BIG):
-            times["torch"] = {"channels-last": 2.0, "contiguous": 8.0}
-            times["linen"] = {"jit": 21 * ours}
-        for worker, variants in times.items():
-            for round_, slower in enumerate((1.5, 1.0)):
-                answer = {v: {"first": 30.0, "seconds": s * slower} for v, s in variants.items()}
-                results.add((case.label, mode, worker), round_, answer)
-    seconds = {"numpy": 4.0, "jax": 2.0, **{str(moved): 1.0 for moved in benchmark.COPIES}}
-    answer = {variant: {"first": 1.0, "seconds": s} for variant, s in seconds.items()}
-    results.add(("machine", "limit", "machine"), 0, answer)
-    return results
+TINY = Case("tiny", 2, (5, 6), 4, (3, 3), 2)
+SMALL = Case("small", 1, (4, 4), 8, (3, 3), 1, "valid")
 
 
-def summary():
-    return Summary(made_up(), [SMALL, BIG], ["torch", "linen"])
+# What is timed
 
 
-# Cases
+def test_the_layers():
+    layers = cases.layers()
+    assert len({case.label for case in layers}) == len(set(layers)) == 2 * 57
+    assert layers[0] == Case("MobileNetV1-1", 1, (112, 112), 32, (3, 3), 1)
+    assert layers[0].sizes == "112x112x32 k3x3 s1"
+    assert {case.batch for case in layers} == {1, 8, 32}
+    quick = cases.layers(quick=True)
+    assert len(quick) == 12 and set(quick) < set(layers)
 
 
-def test_cases():
-    cases = benchmark.cases()
-    assert len({case.label for case in cases}) == len(cases) == 2 * 57
-    assert len({dataclasses.replace(case, name="") for case in cases}) == len(cases)
-    assert {case.n for case in cases} == {1, 8, 32}
-    assert {case.name.split("-")[0] for case in cases} == {
-        "MobileNetV1",
-        "MobileNetV2",
-        "MobileNetV3",
-        "EfficientNet",
-        "Xception",
-        "ConvNeXtTiny",
+def test_drawn_layers():
+    drawn = cases.drawn(seed=3, count=200)
+    assert drawn == cases.drawn(3, 200) and drawn[:5] != cases.drawn(4, 5)
+    assert len({case.label for case in drawn}) == 200
+    assert {case.batch for case in drawn} == {1, 8, 32} and {case.stride for case in drawn} == {
+        1,
+        2,
     }
-    quick = benchmark.cases(quick=True)
-    assert len(quick) == 12 and set(quick) < set(cases)
-    assert cases[0] == Case("MobileNetV1-1", 1, 112, 112, 32, 3, 1, "same")
-
-
-def test_a_case_counts_bytes_and_operations():
-    assert SMALL.out_shape == (1, 2, 2, 8) and BIG.out_shape == (2, 62, 62, 64)
-    assert SMALL.moved("forward") == 4 * (128 + 32 + 72 + 8)
-    assert SMALL.moved("train") == 2 * SMALL.moved("forward")
-    assert SMALL.operations("forward") == 2 * 9 * 32
-    assert SMALL.operations("train") == 3 * SMALL.operations("forward")
-
-
-def convolve(x, kernel, stride, padding):
-    return lax.conv_general_dilated(
-        x,
-        kernel.swapaxes(2, 3),
-        (stride, stride),
-        padding,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=x.shape[-1],
-    )
+    for case in drawn:
+        (side, _), (k, _) = case.size, case.kernel
+        assert 7 <= side <= 112 and 24 <= case.channels <= 960 and 3 <= k <= min(9, side)
+        assert case.batch * side * side * case.channels <= 2**24
 
 
 @pytest.mark.parametrize(
-    "case", [Case("", 1, h, h + s, 2, k, s, "same") for h in (6, 7) for k in (3, 5) for s in (1, 2)]
+    "case",
+    [Case("", 1, (h, h + s), 2, (k, k), s) for h in (6, 7) for k in (3, 5) for s in (1, 2)],
+    ids=str,
 )
 def test_flipped_images_turn_same_into_equal_pads(case):
-    x, kernel, *_ = map(jnp.asarray, case.arrays())
-    flipped, flipped_kernel, *_ = map(jnp.asarray, case.arrays(flip=True))
-    y = convolve(x, kernel, case.stride, "SAME")
-    pads = ((case.k // 2, case.k // 2),) * 2
-    flipped_y = convolve(flipped, flipped_kernel, case.stride, pads)
+    def convolve(padding, flip):
+        x, kernel, *_ = map(jnp.asarray, case.arrays(flip))
+        kernel, strides = kernel.swapaxes(2, 3), (case.stride,) * 2
+        numbers = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "feature_group_count": 2}
+        return lax.conv_general_dilated(x, kernel, strides, padding, **numbers)
+
+    pads = [(k // 2, k // 2) for k in case.kernel]
+    y = convolve("SAME", flip=False)
     assert y.shape == case.out_shape
-    np.testing.assert_allclose(y, flipped_y[:, ::-1, ::-1], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(y, convolve(pads, flip=True)[:, ::-1, ::-1], rtol=1e-4, atol=1e-5)
 
 
-# Arithmetic
+@pytest.mark.parametrize("peer", ["lax", "linen", "haiku", "torch"])
+@pytest.mark.parametrize("mode", cases.LAYER_MODES)
+@pytest.mark.filterwarnings("ignore")  # the peers' own
+def test_peers_compute_what_we_compute(peer, mode):
+    pytest.importorskip(peers.PEERS.get(peer, "jax"))
+    ours = driver.magnitudes(peers.WORKERS[peers.OURS]()(TINY, mode)["jit"]())
+    assert len(ours) == (1 if mode == "forward" else 4)
+    for variant in peers.WORKERS[peer]()(TINY, mode).values():
+        np.testing.assert_allclose(driver.magnitudes(variant()), ours, rtol=1e-4)
+
+
+# How it is timed
 
 
 @pytest.mark.parametrize(
-    ("durations", "fresh", "first", "counted"),
+    ("durations", "fresh", "budget", "first", "counted"),
     [
-        ([9, 1, 1, 3, 2, 3], True, 9, [3, 2, 3]),  # compiles, warms up, counts
-        ([1, 1, 3, 3, 3], False, 1, [3, 3, 3]),
-        ([30, 20], True, 30, [20]),  # slow: once more after it compiled
-        ([20], False, 20, [20]),
+        ([9, 1, 1, 3, 2, 3], True, 8, 9, [3, 2, 3]),  # compiles, warms up, counts
+        ([1, 1, 3, 3, 3], False, 8, 1, [3, 3, 3]),
+        ([30, 20], True, 8, 30, [20]),  # slow: once more after it compiled
+        ([20], False, 8, 20, [20]),
+        ([9], True, 0, 9, [None]),  # nothing but the first call
     ],
 )
-def test_measure(durations, fresh, first, counted, monkeypatch):
+def test_measure(durations, fresh, budget, first, counted, monkeypatch):
     clock, left = [0.0], list(durations)
 
     def call():
         clock[0] += left.pop(0)
         return "result"
 
-    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: clock[0])
-    found = benchmark.measure(call, budget=8, fresh=fresh)
-    assert found == (first, sorted(counted)[len(counted) // 4], "result")
+    monkeypatch.setattr(driver.time, "perf_counter", lambda: clock[0])
+    lower_quartile = sorted(counted)[len(counted) // 4]
+    assert driver.measure(call, budget, fresh) == (first, lower_quartile, "result")
     assert not left
 
 
-def test_the_minimum_and_its_spread():
-    results = Results()
-    for round_, seconds in enumerate([1.0, 1.5, 2.0]):
-        answer = {"jit": {"first": 5.0, "seconds": seconds}}
-        results.add(("small/1", "train", OURS), round_, answer)
-    found = Summary(results, [SMALL], [])
-    assert found.best["small/1", "train", OURS] == 1
-    assert found.spread("small/1", "train", OURS) == "1.50"
-    assert found.spread("small/1", "forward", OURS) == "-"
+def fake(other=False):
+    """A worker that computes nothing, and fails in every way."""
+
+    def build(name, mode):
+        if name == "impossible":
+            raise ValueError("cannot do that\nin detail")
+        if other and name == "hang":
+            time.sleep(1000)
+        if other and name == "crash":
+            print("first", "out of memory", sep="\n", flush=True)
+            os._exit(3)
+        return {"call": lambda: [np.ones(2) + (other and name == "different")]}
+
+    return build
 
 
-def test_compile_times_are_first_calls_without_running():
-    results = Results()
-    for network, mode, first in [
-        ("MobileNetV2", "infer", 5.0),
-        ("MobileNetV2 again", "infer", 4.0),  # the less of two counts
-        ("MobileNetV2", "train", 0.5),  # a slow call that did not compile
-    ]:
-        answer = {"jit": {"first": first, "seconds": 1.0}}
-        results.add((network, mode, benchmark.PLAIN), 0, answer)
-    best = Summary(results, [], [], ["MobileNetV2"]).best
-    assert best["MobileNetV2", "infer", "keras-jax compile"] == 3
-    assert best["MobileNetV2", "train", "keras-jax compile"] == 0
+def broken():
+    """A worker that does not start."""
+    raise ImportError("no such framework")
 
 
-def test_the_better_variant_counts():
-    first, second = made_up().rounds.values()
-    assert first["small/1", "forward", "torch"] == 3
-    assert first["small/1", "forward", "torch contiguous"] == 12
-    best = summary().best
-    assert best["small/1", "forward", "torch"] == 2
-    assert best["small/1", "forward", "torch contiguous"] == 8
-    assert ("small/1", "forward", "haiku") not in best
-    assert ("machine", "limit", "machine") in first and (
-        "machine",
-        "limit",
-        "machine",
-    ) not in second
-
-
-def test_results_that_differ_are_reported(capsys):
-    results = Results()
-    for worker, magnitude in [(OURS, 1.0), ("torch", 1.0001), ("haiku", 1.01)]:
-        time = {"first": 1.0, "seconds": 1.0, "magnitudes": [magnitude, 2.0]}
-        results.add(("small/1", "train", worker), 0, {"jit": time})
-    results.compare(["small/1"], ["train"], ["torch", "haiku", "linen"], OURS)
-    message = "its results are not those of flax_dwconv"
-    assert results.failures == {"haiku, small/1 train": message}
-    assert message in capsys.readouterr().err
-
-
-def test_quotients_of_what_there_is():
-    table = {("a", "forward", OURS): 2.0, ("a", "forward", "x"): 8.0, ("b", "forward", OURS): 1.0}
-    columns = ["a", "b"], ["forward", "train"], OURS
-    assert benchmark.quotients(table, *columns, "x") == {("a", "forward"): 0.25}
-    assert benchmark.quotients(table, *columns, "y") == {}
-
-
-def test_figure_has_the_range_of_the_rounds():
-    results = Results()
-    for round_, seconds in {0: 3.0, 1: None, 2: 2.5}.items():
-        for worker, time in ((OURS, seconds), ("torch", 1.0)):
-            if time:
-                answer = {"jit": {"first": 9.0, "seconds": time}}
-                results.add(("small/1", "train", worker), round_, answer)
-    found, columns = Summary(results, [SMALL], ["torch"]), (["small/1"], ["train"], OURS)
-    assert found.figure(max, *columns, PEER) == {"value": 2.5, "low": 2.5, "high": 3.0}
-    assert found.figure(max, *columns, "linen") == {"value": None, "low": None, "high": None}
-
-
-def test_roofline():
-    machine = {"peak": 100.0, "bandwidth": {1000: 50.0, 100_000: 10.0}}
-    assert benchmark.roofline(machine, moved=1000, operations=1000) == 20  # bytes, out of a cache
-    assert benchmark.roofline(machine, moved=1000, operations=5000) == 50  # operations
-    assert benchmark.roofline(machine, moved=50_000, operations=0) == 5000  # bytes, out of memory
-    variants = {str(moved): 2.0 for moved in benchmark.COPIES} | {"numpy": 4.0, "jax": 2.0}
-    table = {("machine", "limit", f"machine {name}"): s for name, s in variants.items()}
-    machine = benchmark.read_machine(table)
-    assert machine["peak"] == benchmark.MATRIX**3
-    assert machine["bandwidth"][2**20] == 2**24 and machine["bandwidth"][2**28] == 2**27
-    assert benchmark.read_machine({("small/1", "train", OURS): 1.0}) is None
-
-
-def test_summary():
-    found = summary()
-
-    def mean(labels, modes, over, under):
-        return found.figure(geometric_mean, labels, modes, over, under)["value"]
-
-    layers, both = ["small/1", "big/2"], ["forward", "train"]
-    assert mean(layers, ["forward"], OURS, PEER) == pytest.approx(1)  # 1/2 and 4/2
-    assert mean(layers, ["train"], OURS, PEER) == pytest.approx(math.sqrt(4.5))  # 3/2 and 6/2
-    worst = found.figure(max, layers, both, OURS, PEER)
-    assert worst == {"value": 3.0, "low": 3.0, "high": 3.0}
-    assert mean(layers, ["train"], "linen", OURS) == pytest.approx(21)
-    assert mean(layers, ["train"], "haiku", OURS) is None
-    assert mean(layers, both, benchmark.DOUBLED, OURS) == pytest.approx(2.5)
-    # Only the big case is above 1 MB, and the machine moves them at 32 MiB/s.
-    assert found.large == ["big/2"]
-    limits = [max(BIG.moved(m) / 2**25, BIG.operations(m) / 1024**3) for m in ("forward", "train")]
-    assert mean(["big/2"], ["train"], OURS, LIMIT) == pytest.approx(6 / limits[1])
-    expected = math.sqrt(4 / limits[0] * 6 / limits[1])
-    assert mean(["big/2"], both, OURS, LIMIT) == pytest.approx(expected)
-    # Twice the images, the same kernel and bias: 4 bytes for each of 10 * 64 numbers.
-    moved = BIG.moved("forward")
-    columns = benchmark.DOUBLED_LIMIT, LIMIT
-    assert mean(["big/2"], ["forward"], *columns) == pytest.approx((2 * moved - 2560) / moved)
-
-
-@pytest.mark.parametrize(
-    ("reached", "speedup", "verdict"),
-    [
-        (1.0, False, "aim"),
-        (1.5, False, "at least"),
-        (2.5, False, "missed"),
-        (2.5, True, "aim"),
-        (1.5, True, "missed"),
-        (None, True, "not measured"),
-    ],
-)
-def test_verdict(reached, speedup, verdict):
-    at_least, aim = (2.0, 2.5) if speedup else (2.0, 1.0)
-    assert benchmark.verdict(reached, at_least, aim) == verdict
-
-
-# What is printed, saved and drawn
-
-
-def test_tables_of_the_cases():
-    lines = benchmark.describe_layers(summary()).splitlines()
-    assert lines[0] == "layer = convolution + bias + relu6, forward: our time / peer's"
-    header, small, big = (line.split() for line in lines[1:4])
-    assert " ".join(header) == (
-        "name n h w c k stride padding ours ms spread /torch /linen best peer spread /limit"
-    )
-    assert small[:-1] == "small 1 4 4 8 3 2 same 1000.000 1.25 0.50 0.048 torch 1.25".split()
-    assert big[:-1] == "big 2 64 64 64 3 1 valid 4000.000 1.25 2.00 0.048 torch 1.25".split()
-    assert lines[5] == "layer = convolution + bias + relu6, train: our time / peer's"
-
-
-def test_summary_of_the_layers_in_words():
-    text = benchmark.describe_layers(summary())
-    for line in [
-        "forward, our time / best peer's, geometric mean: 1.00 (rounds 1.00..1.00) of 2 cases; "
-        "worst: 2.00 (rounds 2.00..2.00), big/2",
-        "forward, speed-up over linen, geometric mean: 21.0x (rounds 21.0..21.0x) of 2 cases; "
-        "worst: 21.0x (rounds 21.0..21.0x), small/1",
-        "forward, speed-up over torch, geometric mean: 1.00x (rounds 1.00..1.00x) of 2 cases; "
-        "worst: 0.50x (rounds 0.50..0.50x), big/2",
-        "forward, time when the batch doubles, geometric mean: 2.50x (rounds 2.50..2.50x) of "
-        "1 cases; worst: 2.50x (rounds 2.50..2.50x), big/2",
-        "forward, compile time of flax_dwconv, median: 27.5 s of 2 cases; worst: 29.0 s, small/1",
-    ]:
-        assert line in text.splitlines()
-    assert "GB/s at 1 MiB" in text
-    assert "our time / the machine's limit above 1 MB, geometric mean: " in text
-    assert "the machine's limit when it does, geometric mean: 2.00x" in text
-    assert "train, time when the batch doubles" not in text  # it was not measured
-
-
-def test_networks_and_the_reach_table():
-    results = made_up()
-    for name, seconds in {
-        benchmark.PLAIN: 12.0,
-        benchmark.FAST: 2.0,
-        benchmark.POINTWISE: 3.0,
-        "keras-tensorflow": 4.0,
-        "keras-torch": 5.0,
-    }.items():
-        for mode in benchmark.NETWORK_MODES:
-            first = {benchmark.PLAIN: 10.0 if mode == "infer" else 8.0}.get(name, 12.0) + seconds
-            answer = {"jit": {"first": first, "seconds": seconds}}
-            results.add(("MobileNetV2", mode, name), 0, answer)
-    found = Summary(results, [SMALL, BIG], ["torch", "linen"], ["MobileNetV2"])
-    _, _, infer, pointwise, *_ = benchmark.describe_networks(found).splitlines()
-    assert pointwise.startswith("MobileNetV2 infer, pointwise  12000.000 ~1.00  3000.000 ~1.00")
-    assert "4.00x" in pointwise and "0.75" in pointwise
-    for text in (
-        "MobileNetV2 infer",
-        "12000.000 ~1.00",
-        "6.00x",
-        "0.50",
-        "10.0 s",
-        "12.0 s",
-        "1.20",
-    ):
-        assert text in infer
-    goals = found.goals()
-    assert len(goals) == 16
-    assert {goal["name"]: goal["verdict"] for goal in goals} == {
-        "layer forward / best peer": "missed",
-        "layer train step / best peer": "missed",
-        "worst single case, either": "missed",
-        "over flax.linen.Conv, forward": "at least",
-        "over flax.linen.Conv, train step": "missed",
-        "MobileNetV2 over plain JAX, infer": "aim",
-        "EfficientNetB0 over plain JAX, infer": "not measured",
-        "ConvNeXtTiny over plain JAX, infer": "not measured",
-        "MobileNetV2 over plain JAX, train": "at least",
-        "EfficientNetB0 over plain JAX, train": "not measured",
-        "ConvNeXtTiny over plain JAX, train": "not measured",
-        "network / best of Keras's TF, torch: worst": "aim",
-        "network / best of Keras's TF, torch: worst, pointwise": "at least",
-        "network compile time / plain JAX: worst": "at least",
-        "machine's limit, cases above 1 MB": "missed",
-        "time when the batch doubles": "missed",
-    }
-    row = benchmark.describe_goals(goals).splitlines()[4]
-    assert row.split() == "over flax.linen.Conv, forward 20x 30x 21.0x 21.0..21.0x at least".split()
-
-
-def test_nothing_measured_can_be_described():
-    found = Summary(Results(), [SMALL], ["torch"], ["MobileNetV2"])
-    texts = [
-        benchmark.describe_layers(found),
-        benchmark.describe_networks(found),
-        benchmark.describe_goals(found.goals()),
-    ]
-    assert all("-" in text for text in texts)
-    json.loads(benchmark.as_json(found))
-
-
-def test_device_table():
-    results = Results()
-    times = {"auto": {"first": 1.0, "seconds": 0.001}, "lax": {"first": 1.0, "seconds": 0.002}}
-    results.add(("small/1", "train", "device"), 0, times)
-    row = benchmark.describe_device(Summary(results, [SMALL], [])).splitlines()[1]
-    assert row.split() == "small/1 train 1.000 2.000 1.00 1.00 0.50".split()
-
-
-def test_without_a_device_the_reason_is_said():
-    results = Results()
-    results.fail("device", "JAX found no GPU")
-    text = benchmark.describe_device(Summary(results, [SMALL], []))
-    assert text == "device, skipped: JAX found no GPU"
-
-
-@pytest.mark.parametrize("results", [made_up(), Results()], ids=["made up", "empty"])
-def test_chart(results, tmp_path):
-    path = tmp_path / "chart.png"
-    benchmark.draw(Summary(results, [SMALL, BIG], ["torch", "linen"]), path)
-    assert path.read_bytes().startswith(b"\x89PNG")
-
-
-# Workers
-
-
-TINY = Case("tiny", 2, 5, 6, 4, 3, 2, "same")
-
-
-@pytest.mark.parametrize("peer", ["linen", "haiku", "torch"])
-@pytest.mark.parametrize("mode", benchmark.LAYER_MODES)
-@pytest.mark.filterwarnings("ignore")  # the peers' own
-def test_peers_compute_what_we_compute(peer, mode):
-    pytest.importorskip(benchmark.PEERS[peer])
-    ours = benchmark.WORKERS[OURS]()(TINY, mode)["jit"]()
-    for variant in benchmark.WORKERS[peer]()(TINY, mode).values():
-        found = benchmark._magnitudes(variant())
-        np.testing.assert_allclose(found, benchmark._magnitudes(ours), rtol=1e-4)
-
-
-def test_a_run_with_linen(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(benchmark, "cases", lambda quick=False: [SMALL, TINY])
-    monkeypatch.setattr(benchmark, "BUDGET", (0.001, 0.001))
-    path = tmp_path / "times.json"
-    argv = ["--layers", "--peers", "linen", "--rounds", "2", "--json", str(path)]
-    assert benchmark.main(argv) == 0
-    out = capsys.readouterr().out
-    assert "failed" not in out and "absent" not in out
-    assert " cores, " in out and " jax " in out
-    for line in ("small ", "tiny ", "layer forward / best peer ", "over flax.linen.Conv, forward "):
-        assert f"\n{line}" in out
-    saved = json.loads(path.read_text())
-    assert saved["command"].endswith("--layers --peers linen --rounds 2 --json " + str(path))
-    workers = {(raw["case"], raw["mode"], raw["worker"]) for raw in saved["raw"]}
-    assert workers - {("machine", "limit", "machine")} == {
-        (label, mode, worker)
-        for label in ("small/1", "tiny/2", "tiny doubled/4")
-        for mode in benchmark.LAYER_MODES
-        for worker in ([OURS] if "doubled" in label else [OURS, "linen"])
-    }
-    assert all(len(raw["seconds"]) == 2 and min(raw["seconds"]) > 0 for raw in saved["raw"])
-    assert all(rate > 0 for rate in saved["machine"]["bandwidth"].values())
-
-
-@pytest.fixture
-def processes(monkeypatch):
-    """All worker processes that are started."""
+def test_workers_that_fail_are_reported_and_the_others_go_on(monkeypatch, capsys):
     started = []
 
-    class Recorded(benchmark.Worker):
-        def __init__(self, *args):
-            super().__init__(*args)
-            started.append(self.process)
+    class Impatient(driver.Worker):
+        def __init__(self, name, *args):
+            super().__init__(name, *args)
+            started.append(name)
 
-    monkeypatch.setattr(benchmark, "Worker", Recorded)
-    return started
+        def ask(self, subject, *args):
+            if self.ready:  # Ctrl-C reaches the processes of a terminal, and is the driver's
+                os.kill(self.process.pid, signal.SIGINT)
+            monkeypatch.setattr(driver, "TIMEOUT", 0.5 if subject == "hang" else 600)
+            return super().ask(subject, *args)
+
+    workers = {
+        "good": functools.partial(fake),
+        "bad": functools.partial(fake, True),
+        "broken": broken,
+    }
+    monkeypatch.setattr(driver, "WORKERS", workers)
+    monkeypatch.setattr(driver, "Worker", Impatient)
+    names, subjects = [*workers], ["fine", "different", "impossible", "hang", "crash", "last"]
+    results = driver.Results()
+    driver.take_turns([(subject, "forward", names) for subject in subjects], 2, 1e-4, results)
+
+    assert results.failures == {
+        "broken": "ImportError: no such framework",
+        "bad, different forward": "its results are not those of the others",
+        "good, impossible forward": "ValueError: cannot do that",
+        "bad, impossible forward": "ValueError: cannot do that",
+        "bad, hang forward": "no answer within 0.5 s",
+        "bad, crash forward": "its process ended with code 3: out of memory",
+    }
+    assert (
+        "bad, crash forward: its process ended with code 3: out of memory\n"
+        in capsys.readouterr().err
+    )
+    rounds = {(label, name): len(t["seconds"]) for (label, _, name, _), t in results.times.items()}
+    good = ["fine", "different", "hang", "crash", "last"]
+    assert rounds == {(s, "good"): 2 for s in good} | {("fine", "bad"): 2, ("last", "bad"): 2}
+    assert started == ["good", "bad", "broken", "bad", "bad"]
+    assert len(results.times["last", "forward", "good", "call"]["first"]) == 1  # of each process
 
 
-class Then(Results):
-    """Results that do something after some of the answers."""
-
-    def __init__(self, actions):
-        super().__init__()
-        self.actions, self.answers = actions, 0
-
-    def add(self, *args):
-        super().add(*args)
-        self.answers += 1
-        self.actions.get(self.answers, lambda: None)()
-
-
-def turns(*cases):
-    return [(case.label, case, ["forward"], ["linen"]) for case in cases]
-
-
-def measured(results):
-    """The cases of each round."""
-    return [sorted({label for label, _, _ in table}) for table in results.rounds.values()]
-
-
-IMPOSSIBLE = dataclasses.replace(TINY, name="impossible", padding="nonsense")
-
-
-def test_a_worker_that_fails_or_dies_is_reported_and_no_more(processes):
-    def kill():
-        processes[0].kill()
-        processes[0].wait()
-
-    def stop():
+def test_ctrl_c_keeps_what_has_been_measured(tmp_path, capsys, monkeypatch):
+    def interrupted(turns, rounds, budget, results, device):
+        results.add(SMALL.label, "forward", peers.OURS, {"jit": (2.0, 1.0, [1.0])})
         raise KeyboardInterrupt
 
-    results = Then({2: kill, 4: stop})  # after small/1 and in the second round
-    with pytest.raises(KeyboardInterrupt):
-        benchmark.take_turns(turns(IMPOSSIBLE, TINY, SMALL), 3, 0.001, results)
-    assert measured(results) == [["small/1", "tiny/2"]] * 2
-    assert list(results.failures) == ["linen, impossible/2 forward"]
-    assert len(processes) == 2
-    assert all(process.poll() is not None for process in processes)
+    monkeypatch.setattr(driver, "take_turns", interrupted)
+    monkeypatch.setattr(cases, "layers", lambda quick: [SMALL])
+    path = tmp_path / "run.json"
+    assert program.main(["--layers", "--peers", "linen", "--json", str(path)]) == 130
+    assert "stopped before the end" in capsys.readouterr().out
+    assert json.loads(path.read_text())["times"][0]["seconds"] == [1.0]
 
 
-def test_a_worker_that_does_not_answer_is_reported_and_started_again(
-    processes, monkeypatch, capsys
-):
-    def hang():
-        os.kill(processes[0].pid, signal.SIGSTOP)
-        monkeypatch.setattr(benchmark, "TIMEOUT", 0.5)
+def test_a_real_run_and_its_report(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cases, "layers", lambda quick: [TINY])
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    path, picture = tmp_path / "run.json", tmp_path / "run.png"
+    argv = ["--quick", "--layers", "tiny", "--peers", "linen", "--rounds", "2"]
+    assert program.main([*argv, "--json", str(path)]) == 0
+    printed = capsys.readouterr().out
+    document = json.loads(path.read_text())
+    assert document["command"].endswith(f"--rounds 2 --json {path}")
+    assert document["environment"]["XLA_FLAGS"] == "--xla_backend_optimization_level=0"
+    assert document["machine"]["cpu"] and document["versions"]["jax"] and not document["failures"]
+    assert {(row["case"], row["mode"], row["peer"]) for row in document["times"]} == {
+        ("tiny/2", mode, peer) for mode in cases.LAYER_MODES for peer in (peers.OURS, "linen")
+    }
+    assert all(len(t["seconds"]) == 2 and min(t["seconds"]) > 0 for t in document["times"])
 
-    results = Then({1: hang})
-    fail = results.fail
-
-    def patient(*args):
-        fail(*args)
-        monkeypatch.setattr(benchmark, "TIMEOUT", 600)
-
-    results.fail = patient
-    benchmark.take_turns(turns(TINY, SMALL, BIG), 2, 0.001, results)
-    assert results.failures == {"linen, small/1 forward": "no answer within 0.5 s"}
-    assert "linen, small/1 forward: no answer within 0.5 s\n" in capsys.readouterr().err
-    assert measured(results) == [["big/2", "tiny/2"]] * 2
-    assert len(processes) == 2 and processes[0].returncode == -signal.SIGKILL
-
-
-def test_a_worker_that_does_not_start_is_asked_for_nothing(processes, monkeypatch):
-    monkeypatch.setattr(benchmark, "TIMEOUT", 0.01)  # less than an import takes
-    results = Results()
-    benchmark.take_turns(turns(TINY, SMALL), 2, 0.001, results)
-    assert results.failures == {"linen": "no answer within 0.01 s"}
-    assert not results.rounds and len(processes) == 1
+    monkeypatch.setattr(run, "run", lambda *args: pytest.fail("it times again"))
+    assert program.main(["--report", str(path), "--plot", str(picture)]) == 0
+    assert capsys.readouterr().out == printed and "tiny/2, 5x6x4 k3x3 s2" in printed
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_ctrl_c_keeps_what_has_been_measured(tmp_path):
-    """As a terminal does it: all processes of the group are interrupted, workers included."""
-    script = """
-        import os, signal, sys, time
-        from flax_dwconv import benchmark
+# What is reported
 
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
-        benchmark.BUDGET = 0.001, 0.001
-        add, answers = benchmark.Results.add, []
 
-        def add_and_interrupt(*args):
-            add(*args)
-            answers.append(args)
-            if len(answers) == 4:  # the machine, both peers forward, ours train
-                os.killpg(0, signal.SIGINT)
-                time.sleep(10)
+def document(**times):
+    """A document with two layers and one network; every time took 1.5 times as long in a round."""
+    return {
+        "command": "python -m flax_dwconv.benchmark",
+        "machine": {"cpu": "CPU", "architecture": "v1", "cores": 2, "system": "Linux"},
+        "versions": {"jax": "1.0"},
+        "environment": {"XLA_FLAGS": "--a"},
+        "commit": None,
+        "rounds": 2,
+        "stopped": False,
+        "cases": [{"label": case.label, "sizes": case.sizes} for case in (SMALL, TINY)],
+        "networks": ["MobileNetV2"],
+        "peers": ["torch", "linen"],
+        "failures": {"haiku": "absent"},
+        "times": [
+            {"case": case, "mode": mode, "peer": peer, "variant": variant}
+            | {"seconds": [1.5 * seconds, seconds] if seconds else [], "first": first}
+            for case, mode, peer, variant, seconds, first in [
+                ("small/1", "forward", peers.OURS, "jit", 1e-3, [3e-3]),
+                ("small/1", "forward", "torch", "contiguous", 9e-3, [9e-3]),
+                ("small/1", "forward", "torch", "channels-last", 0.5e-3, [5e-3]),
+                ("small/1", "forward", "linen", "jit", 20e-3, [20e-3]),
+                ("tiny/2", "forward", peers.OURS, "jit", 2e-3, [4e-3]),
+                ("tiny/2", "forward", "torch", "contiguous", 8e-3, [8e-3]),
+                ("tiny/2", "train", peers.OURS, "jit", 4e-3, [4e-3]),
+                ("tiny/2", "train", "linen", "jit", 6e-3, [4e-3]),
+                ("small/1", "train", peers.OURS, "jit", None, []),
+                ("MobileNetV2", "infer", peers.PLAIN, "jit", 0.12, [2.12, 1.12]),
+                ("MobileNetV2", "infer", peers.FAST, "jit", 0.02, [2.52, 9.02]),
+                ("MobileNetV2", "infer", "keras-torch", "eager", 1.0, [0.1]),
+            ]
+        ],
+    }
 
-        benchmark.Results.add = add_and_interrupt
-        sys.exit(benchmark.main(sys.argv[1:]))
-        """
-    argv = ["--layers", "MobileNetV1-9", "--peers", "linen", "--rounds", "2"]
-    saved, chart = tmp_path / "times.json", tmp_path / "chart.png"
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), *argv, "--json", saved, "--plot", chart],
-        capture_output=True,
-        text=True,
-        start_new_session=True,
-        timeout=300,
+
+def rows(text):
+    """The cells of every line of a Markdown table."""
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+
+
+def test_the_tables():
+    text = report.markdown(document())
+    table = rows(text)
+    for row in [
+        ["forward", "ms", "spread", "over PyTorch", "over flax.linen"],
+        ["small/1, 4x4x8 k3x3 s1", "1.00", "1.25", "0.500x", "20.0x"],
+        ["tiny/2, 5x6x4 k3x3 s2", "2.00", "1.25", "4.00x", "-"],
+        ["small/1, 4x4x8 k3x3 s1", "-", "-", "-", "-"],
+        ["over, 2 layers", "PyTorch", "flax.linen"],
+        ["forward", "1.41x", "20.0x"],  # sqrt(0.5 * 4)
+        ["forward, worst case", "0.500x", "20.0x"],
+        ["forward and gradients", "-", "1.50x"],
+        [
+            "MobileNetV2, inference",
+            "120",
+            "20.0",
+            "-",
+            "-",
+            "1000",
+            "6.00x",
+            "-",
+            "1.00 s -> 2.50 s",
+        ],
+        ["MobileNetV2, train step", *"-" * 7, "- -> -"],
+    ]:
+        assert row in table
+    lines = text.splitlines()
+    assert "CPU (v1), 2 cores, Linux; jax 1.0, XLA_FLAGS=--a" in lines
+    assert "failed: haiku: absent" in lines
+    assert (
+        "- forward, over the fastest peer of each layer: 1.41x; slower in 1 of 2, at worst "
+        "0.500x, small/1, PyTorch" in lines
     )
-    assert (run.returncode, run.stderr) == (130, "")
-    lines = run.stdout.splitlines()
-    assert "stopped by Ctrl-C: what follows had been measured until then" in lines
-    assert [line for line in lines if line.startswith("forward, speed-up over linen, geometric")]
-    assert not [line for line in lines if line.startswith("train, speed-up over linen")]
-    assert [line for line in lines if line.startswith("over flax.linen.Conv, train ")]
-    document = json.loads(saved.read_text())
-    assert document["stopped"] is True and not document["failures"]
-    measured = [(raw["case"], raw["mode"], raw["worker"]) for raw in document["raw"]]
-    assert measured[-3:] == [
-        ("MobileNetV1-9/1", "forward", OURS),
-        ("MobileNetV1-9/1", "forward", "linen"),
-        ("MobileNetV1-9/1", "train", OURS),
-    ]
-    assert chart.read_bytes().startswith(b"\x89PNG")
+    assert "- forward, spread, medians: ours 1.25, PyTorch 1.25, flax.linen 1.25" in lines
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_the_picture(empty, tmp_path):
+    times = document() | ({"times": []} if empty else {})
+    report.draw(times, tmp_path / "picture.svg")
+    text = (tmp_path / "picture.svg").read_text()
+    assert "<svg" in text
+    assert "PyTorch" not in report.markdown(times | {"peers": [], "cases": [], "networks": []})
 
 
 # The command line
 
 
-def no_run(monkeypatch, then=lambda *args: None):
-    """Replaces what takes time."""
-    monkeypatch.setattr(benchmark, "take_turns", then)
-
-
-def test_an_absent_peer_is_named(capsys, monkeypatch):
-    asked = []
-    no_run(monkeypatch, lambda turns, *args: asked.extend(turns[1][-1]))
-    monkeypatch.setitem(benchmark.sys.modules, "torch", None)
-    assert benchmark.main(["--quick", "--peers", "torch,linen"]) == 1  # nothing was measured
-    assert asked == [OURS, "linen"]
-    assert "absent, skipped: torch (pip install 'flax_dwconv[bench]')" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
-    ("argv", "layers", "networks", "rounds"),
+    ("argv", "layers", "networks"),
     [
-        ([], 114, 3, 5),
-        (["--quick"], 12, 0, 3),
-        (["--layers"], 114, 0, 5),
-        (["--layers", "Xception*,MobileNetV1-7/32", "--rounds", "7"], 19, 0, 7),
-        (["--networks"], 0, 3, 5),
-        (["--networks", "MobileNetV2"], 0, 1, 5),
-        (["--networks", "MobileNetV2,ConvNeXtTiny", "--layers", "ConvNeXtTiny-1"], 2, 2, 5),
+        ([], 114, 3),
+        (["--quick"], 12, 0),
+        (["--device"], 114, 0),
+        (["--layers"], 114, 0),
+        (["--layers", "Xception*", "MobileNetV1-7/32", "Xception-1"], 19, 0),
+        (["--networks"], 0, 3),
+        (["--networks", "MobileNetV2", "ConvNeXtTiny", "--layers", "ConvNeXtTiny-1"], 2, 2),
+        (["--draw", "0", "7"], 7, 0),
     ],
 )
-def test_what_is_chosen(argv, layers, networks, rounds):
-    args = benchmark._parse(argv)
-    assert (len(args.cases), len(args.networks), args.rounds) == (layers, networks, rounds)
-    assert args.peers == list(benchmark.PEERS)
-
-
-PEERS = "argument --peers: must be some of torch,tensorflow,linen,haiku, got {!r}."
-ROUNDS = "argument --rounds: must be an integer from 1 to 1000, got {!r}."
+def test_what_is_chosen(argv, layers, networks):
+    args = program.parse(argv)
+    assert (len(args.cases), len(args.networks)) == (layers, networks)
+    assert args.peers == list(peers.PEERS)
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        *[(["--peers", text], PEERS.format(text)) for text in ("", "numpy", "torch,", "Torch")],
-        *[(["--rounds", text], ROUNDS.format(text)) for text in ("0", "-1", "1.5", "1001", "1e9")],
-        (
-            ["--networks", "VGG16"],
-            "argument --networks: must be some of MobileNetV2,EfficientNetB0,ConvNeXtTiny, "
-            "got 'VGG16'.",
-        ),
+        (["--peers", "numpy"], "argument --peers: invalid choice: 'numpy'"),
+        (["--networks", "VGG16"], "argument --networks: invalid choice: 'VGG16'"),
+        (["--rounds", "0"], "argument --rounds: must be at least 1, got 0."),
         (["--layers", "VGG*"], "argument --layers: must match names of layers, got 'VGG*'."),
-        (
-            ["--quick", "--layers", "Xception-9"],
-            "argument --layers: must match names of layers, got 'Xception-9'.",
-        ),
-        (["--quick", "--networks"], "argument --networks: not allowed with argument --quick."),
-        (["--json", "a.txt"], "argument --json: must end in .json, got 'a.txt'."),
-        (
-            ["--json", "absent/a.json"],
-            "argument --json: must be in a folder that exists, got 'absent/a.json'.",
-        ),
-        (["--plot", "a.gif"], "argument --plot: must end in .png, .jpg, .pdf, .svg, got 'a.gif'."),
-        (["--plot", "folder.png"], "argument --plot: must be a file, got the folder 'folder.png'."),
-        (
-            ["--networks", "--plot", "a.png"],
-            "argument --plot: needs layers, which --networks alone leaves out.",
-        ),
-        (["--threads", "2"], "unrecognized arguments: --threads 2"),
+        (["--draw", "1", "2", "--layers"], "not allowed with argument"),
+        (["--plot", "a.gif"], "argument --plot: must end in .png, .svg or .pdf, got 'a.gif'."),
+        (["--json", "absent/a.json"], "must be in a folder that exists, got 'absent/a.json'."),
+        (["--networks", "--plot", "a.png"], "needs layers, which --networks alone leaves out."),
     ],
 )
-def test_bad_arguments(argv, message, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "folder.png").mkdir()
-    monkeypatch.setattr(benchmark, "_run", lambda *args: pytest.fail("the benchmark has begun"))
+def test_bad_arguments(argv, message, capsys):
     with pytest.raises(SystemExit, match="2"):
-        benchmark.main(argv)
-    out, err = capsys.readouterr()
-    assert err.endswith(f"python -m flax_dwconv.benchmark: error: {message}\n") and not out
+        program.main(argv)
+    assert message in capsys.readouterr().err
 
 
-def test_a_chart_needs_matplotlib(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(benchmark.sys.modules, "matplotlib", None)
+def test_absent_packages_are_named(capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(driver, "take_turns", lambda turns, *args: asked.extend(turns[0][-1]))
+    monkeypatch.setitem(program.sys.modules, "torch", None)
+    assert program.main(["--quick", "--peers", "torch", "linen"]) == 1  # nothing was measured
+    assert asked == [peers.OURS, "linen"]
+    assert "failed: torch: absent (pip install 'flax_dwconv[bench]')" in capsys.readouterr().out
+    monkeypatch.setitem(program.sys.modules, "tabulate", None)
     with pytest.raises(SystemExit, match="2"):
-        benchmark.main(["--quick", "--plot", "a.png"])
-    assert "needs matplotlib: pip install 'flax_dwconv[bench]'." in capsys.readouterr().err
+        program.main(["--quick"])
+    assert "needs tabulate: pip install 'flax_dwconv[bench]'." in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("where", "error", "code", "message"),
-    [
-        (
-            "take_turns",
-            OSError(28, "No space left"),
-            1,
-            "The benchmark could not finish: [Errno 28]",
-        ),
-        ("hardware", KeyboardInterrupt(), 130, "\nStopped.\n"),
-    ],
-)
-def test_ends_without_a_traceback(where, error, code, message, capsys, monkeypatch):
-    def fail(*args):
-        raise error
-
-    monkeypatch.setattr(benchmark, where, fail)
-    assert benchmark.main(["--quick"]) == code
-    assert capsys.readouterr().err.startswith(message)
+def test_a_report_of_what_is_none(tmp_path, capsys):
+    (tmp_path / "a.json").write_text("{}")
+    assert program.main(["--report", str(tmp_path / "a.json")]) == 1
+    assert program.main(["--report", str(tmp_path / "b.json")]) == 1
+    assert capsys.readouterr().err.count("The benchmark could not finish: ") == 2

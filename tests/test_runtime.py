@@ -28,7 +28,8 @@ import pytest
 from jax import lax
 
 import flax_dwconv
-from flax_dwconv import _cpu, benchmark, depthwise_conv2d
+from flax_dwconv import _cpu, depthwise_conv2d
+from flax_dwconv.benchmark.cases import layers
 
 ROOT = pathlib.Path(flax_dwconv.__file__).parents[1]
 
@@ -271,9 +272,9 @@ def test_import_is_quick():
 def shapes():
     """The images and kernels of the benchmark, those with the fewest and with the most channels."""
     found = {}
-    for case in benchmark.cases():
-        key = case.h, case.w, case.k, case.stride, case.padding
-        found.setdefault(key, []).append(case.c)
+    for case in layers():
+        key = *case.size, case.kernel[0], case.stride, case.padding
+        found.setdefault(key, []).append(case.channels)
     return {key: sorted({min(cs), max(cs)}) for key, cs in found.items()}
 
 
@@ -535,7 +536,7 @@ def surface():
         module = importlib.import_module(f"flax_dwconv.{path.stem}")
         for name, value in sorted(vars(module).items()):
             ours = getattr(value, "__module__", None) == module.__name__
-            if ours and not name.startswith("_") and path.stem != "benchmark":  # a program
+            if ours and not name.startswith("_"):
                 signature = inspect.signature(value)
                 bare = [
                     p.replace(annotation=p.empty)

@@ -1,0 +1,10 @@
+"""The benchmark, `python -m flax_dwconv.benchmark`: how fast this package is beside its peers.
+
+A run measures and gives a JSON document (`driver`); a report is made of such a document (`report`).
+What is timed is in `cases`, who is timed in `peers`.
+
+Layers are convolution, bias and relu6: "forward" is the result, "train" the result and its
+gradients to input, kernel and bias. Networks are those of `keras.applications` with random weights:
+"infer" is the model, "train" the loss, its gradients and a step of SGD. On JAX they run plain,
+inside `accelerate`, and inside `accelerate` with `pointwise=True`.
+"""
