@@ -28,13 +28,16 @@ class Report:
         """Makes the tables."""
         import pandas as pd
 
-        columns = "case", "mode", "peer", "variant", "seconds", "first"
-        rows = pd.DataFrame([row for row in document["times"] if row["seconds"]], columns=columns)
+        key = ["case", "mode", "peer"]
+        times = [time for time in document["times"] if time["seconds"]]
+        rows = pd.DataFrame(times, columns=[*key, "seconds", "first"])
         rows["time"] = rows.seconds.map(min)
-        rows["spread"] = rows.seconds.map(np.median) / rows.time
+        rows["spread"] = (
+            rows.seconds.map(np.median) / rows.time if document["rounds"] > 1 else np.nan
+        )
         rows["compile"] = (rows["first"].map(min) - rows.time).clip(lower=0)
         # The better variant of each peer counts.
-        best = rows.sort_values("time").groupby(["case", "mode", "peer"]).first()
+        best = rows.sort_values("time").drop_duplicates(key).set_index(key)
         self.document, self.peers = document, document["peers"]
         self.cases = {case["label"]: case["sizes"] for case in document["cases"]}
         layers, networks = [*self.cases], document["networks"]

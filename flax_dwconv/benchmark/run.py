@@ -27,7 +27,8 @@ def where() -> dict[str, Any]:
     """Returns what times depend on: machine, versions, settings, and the git commit."""
     import archspec.cpu
 
-    installed = {d.name.lower(): d.version for d in importlib.metadata.distributions()}
+    found = importlib.metadata.distributions()
+    installed = {d.name.lower().replace("_", "-"): d.version for d in found}
     installed["python"] = platform.python_version()
     root, commit = pathlib.Path(__file__).parents[2], None
     if (root / ".git").exists():
