@@ -173,10 +173,10 @@ def draw(document: Mapping[str, Any], path: pathlib.Path) -> None:
                 look = {"c": color, "marker": marker, "label": NAMES[peer]}
                 axes.scatter(over[peer], rows, 26, zorder=3, **look)
             axes.axvline(1, color="black", lw=1, zorder=1)
-            title = f"{NAMES[mode]}: fastest peer {number(mean(fastest), 'x')}"
-            axes.set_title(title, fontsize=10, fontweight="bold")
+            title = f"{NAMES[mode]}: fastest peer takes {number(mean(fastest), 'x')} our time"
+            axes.set_title(title, fontsize=9.5, fontweight="bold")
             axes.set(xscale="log", xlabel="peer's time / our time")
-            axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}x")
+            axes.xaxis.set(major_locator=LogLocator(subs=(1, 3)), major_formatter="{x:g}x")
             axes.xaxis.set_minor_formatter("")
             axes.spines[["top", "right"]].set_visible(False)
         panels[0].set_yticks(rows, names)
