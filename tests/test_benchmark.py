@@ -128,12 +128,14 @@ def test_workers_that_fail_are_reported_and_the_others_go_on(monkeypatch, capsys
     class Impatient(driver.Worker):
         def __init__(self, name, *args):
             super().__init__(name, *args)
+            self.name = name
             started.append(name)
 
         def ask(self, subject, *args):
             if self.ready:  # Ctrl-C reaches the processes of a terminal, and is the driver's
                 os.kill(self.process.pid, signal.SIGINT)
-            monkeypatch.setattr(driver, "TIMEOUT", 0.5 if subject == "hang" else 600)
+            hangs = (self.name, subject) == ("bad", "hang")
+            monkeypatch.setattr(driver, "TIMEOUT", 0.5 if hangs else 600)
             return super().ask(subject, *args)
 
     workers = {
@@ -215,7 +217,7 @@ def document(**times):
         "rounds": 2,
         "stopped": False,
         "cases": [{"label": case.label, "sizes": case.sizes} for case in (SMALL, TINY)],
-        "networks": ["MobileNetV2"],
+        "networks": ["MobileNetV2", "ConvNeXtTiny"],
         "peers": ["torch", "linen"],
         "failures": {"haiku": "absent"},
         "times": [
@@ -265,11 +267,15 @@ def test_the_tables():
             "1000",
             "6.00x",
             "-",
-            "1.00 s -> 2.50 s",
+            "1.00 -> 2.50 s",
         ],
-        ["MobileNetV2, train step", *"-" * 7, "- -> -"],
+        ["MobileNetV2, train step", *"-" * 7, "- -> - s"],
     ]:
         assert row in table
+    names = [
+        f"{n}, {w}" for n in ("MobileNetV2", "ConvNeXtTiny") for w in ("inference", "train step")
+    ]
+    assert [row[0] for row in table if row and "Net" in row[0].replace("NeXt", "Net")] == names
     lines = text.splitlines()
     assert "CPU (v1), 2 cores, Linux; jax 1.0, XLA_FLAGS=--a" in lines
     assert "failed: haiku: absent" in lines

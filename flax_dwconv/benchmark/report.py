@@ -22,42 +22,33 @@ median over the rounds divided by that minimum. A speed-up is a peer's time divi
 
 
 class Report:
-    """Tables of a document: what is missing is NaN in them."""
+    """The times of a document as tables of pandas; what is missing is NaN in them."""
 
     def __init__(self, document: Mapping[str, Any]) -> None:
-        """Makes the tables."""
+        """Picks the better variant of each peer."""
         import pandas as pd
 
-        key = ["case", "mode", "peer"]
+        key = ["mode", "case", "peer"]
         times = [time for time in document["times"] if time["seconds"]]
         rows = pd.DataFrame(times, columns=[*key, "seconds", "first"])
         rows["time"] = rows.seconds.map(min)
-        rows["spread"] = (
-            rows.seconds.map(np.median) / rows.time if document["rounds"] > 1 else np.nan
-        )
+        several = np.where(rows.seconds.map(len) > 1, 1, np.nan)  # a single round has no spread
+        rows["spread"] = several * rows.seconds.map(np.median) / rows.time
         rows["compile"] = (rows["first"].map(min) - rows.time).clip(lower=0)
-        # The better variant of each peer counts.
-        best = rows.sort_values("time").drop_duplicates(key).set_index(key)
-        self.document, self.peers = document, document["peers"]
-        self.cases = {case["label"]: case["sizes"] for case in document["cases"]}
-        layers, networks = [*self.cases], document["networks"]
-        self.layers = {
-            mode: self._of(best, layers, mode, [OURS, *self.peers]) for mode in LAYER_MODES
-        }
-        names = [*ON_JAX, *BACKENDS]
-        self.networks = {mode: self._of(best, networks, mode, names) for mode in NETWORK_MODES}
+        self._best = rows.sort_values("time").drop_duplicates(key).set_index(key)
+        self.names = {case["label"]: case["sizes"] for case in document["cases"]}
+        self.peers, self.networks = document["peers"], document["networks"]
 
-    def _of(self, best, cases, mode, peers):
-        """Returns {"time", "spread" or "compile": a table of cases and peers}."""
-        one = best[best.index.get_level_values("mode") == mode].droplevel("mode")
-        return {
-            name: one[name].unstack("peer").reindex(index=cases, columns=peers).astype(float)
-            for name in ("time", "spread", "compile")
-        }
+    def table(self, what: str, mode: str, network: bool = False) -> Any:
+        """Returns the "time", "spread" or "compile" of layers or networks, a column each peer."""
+        index = self.networks if network else list(self.names)
+        columns = [*ON_JAX, *BACKENDS] if network else [OURS, *self.peers]
+        one = self._best[self._best.index.get_level_values("mode") == mode].droplevel("mode")[what]
+        return one.unstack("peer").reindex(index=index, columns=columns).astype(float)
 
     def speedups(self, mode: str) -> Any:
         """Returns the table of layers and peers: their time divided by ours."""
-        times = self.layers[mode]["time"]
+        times = self.table("time", mode)
         return times[self.peers].div(times[OURS], axis=0)
 
 
@@ -68,12 +59,9 @@ def number(value: Any, unit: str = "") -> str:
     return f"{value:.{max(0, 2 - math.floor(math.log10(value or 1)))}f}{unit}"
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Returns a table in Markdown."""
-    from tabulate import tabulate
-
-    align = ["left", *["right"] * (len(header) - 1)]
-    return tabulate(rows, header, "pipe", disable_numparse=True, colalign=align)
+def times(value: Any) -> str:
+    """Returns what is printed of a ratio."""
+    return number(value, "x")
 
 
 def mean(ratios: Any) -> Any:
@@ -81,55 +69,61 @@ def mean(ratios: Any) -> Any:
     return np.exp(np.log(ratios).mean())
 
 
+def markdown_table(title: str, frame: Any) -> str:
+    """Returns a table of strings in Markdown."""
+    align = ["left", *["right"] * frame.shape[1]]
+    frame = frame.rename_axis(title).rename(columns=NAMES)
+    return frame.to_markdown(tablefmt="pipe", disable_numparse=True, colalign=align)
+
+
 def layers(report: Report, mode: str) -> str:
     """Returns the table of all layers: our time, and the speed-up over each peer."""
-    found, over = report.layers[mode], report.speedups(mode)
-    header = [NAMES[mode], "ms", "spread", *(f"over {NAMES[peer]}" for peer in report.peers)]
-    rows = [
-        [f"{label}, {sizes}", number(found["time"][OURS][label] * 1e3)]
-        + [number(found["spread"][OURS][label]), *(number(x, "x") for x in over.loc[label])]
-        for label, sizes in report.cases.items()
-    ]
-    return table(header, rows)
+    found = report.speedups(mode).map(times).rename(columns=lambda peer: f"over {NAMES[peer]}")
+    found.insert(0, "ms", (report.table("time", mode)[OURS] * 1e3).map(number))
+    found.insert(1, "spread", report.table("spread", mode)[OURS].map(number))
+    return markdown_table(
+        NAMES[mode], found.rename(lambda label: f"{label}, {report.names[label]}")
+    )
 
 
 def summary(report: Report) -> str:
     """Returns the speed-up over each peer, over the fastest one, and how much times vary."""
-    rows, lines = [], []
+    import pandas as pd
+
+    rows, lines = {}, []
     for mode in LAYER_MODES:
-        over, found = report.speedups(mode), report.layers[mode]
-        rows.append([NAMES[mode], *(number(x, "x") for x in mean(over))])
-        rows.append([f"{NAMES[mode]}, worst case", *(number(x, "x") for x in over.min())])
-        fastest = over.min(axis=1).dropna()
-        if len(fastest):
+        over = report.speedups(mode)
+        rows |= {NAMES[mode]: mean(over), f"{NAMES[mode]}, worst case": over.min()}
+        if len(fastest := over.min(axis=1).dropna()):
             worst = fastest.idxmin()
-            peer = NAMES[over.loc[worst].idxmin()]
             lines.append(
-                f"- {NAMES[mode]}, over the fastest peer of each layer: {number(mean(fastest))}x; "
+                f"- {NAMES[mode]}, over the fastest peer of each layer: {times(mean(fastest))}; "
                 f"slower in {(fastest < 1).sum()} of {len(fastest)}, at worst "
-                f"{number(fastest[worst])}x, {worst}, {peer}"
+                f"{times(fastest[worst])}, {worst}, {NAMES[over.loc[worst].idxmin()]}"
             )
-        for what, name in {"spread": "spread", "compile": "seconds to compile"}.items():
-            medians = found[what].median().items()
-            text = ", ".join(f"{NAMES[peer]} {number(x)}" for peer, x in medians)
-            lines.append(f"- {NAMES[mode]}, {name}, medians: {text}")
-    header = [f"over, {len(report.cases)} layers", *(NAMES[peer] for peer in report.peers)]
-    return f"{table(header, rows)}\n\n" + "\n".join(lines)
+        for what, words in {"spread": "spread", "compile": "seconds to compile"}.items():
+            medians = report.table(what, mode).median().items()
+            said = ", ".join(f"{NAMES[peer]} {number(value)}" for peer, value in medians)
+            lines.append(f"- {NAMES[mode]}, {words}, medians: {said}")
+    frame = pd.DataFrame(rows).T.map(times)
+    return "\n".join([markdown_table(f"over, {len(report.names)} layers", frame), "", *lines])
 
 
 def networks(report: Report) -> str:
     """Returns the table of networks: milliseconds, speed-ups over plain JAX, time to compile."""
-    header = ["ms", *(NAMES[name] for name in [*ON_JAX, *BACKENDS])]
-    rows = []
-    for network in report.document["networks"]:
-        for mode in NETWORK_MODES:
-            found = report.networks[mode]
-            times, compiles = found["time"].loc[network], found["compile"].loc[network]
-            row = [f"{network}, {NAMES[mode] if mode == 'infer' else 'train step'}"]
-            row += [number(time * 1e3) for time in times]
-            row += [number(times[PLAIN] / times[fast], "x") for fast in (FAST, POINTWISE)]
-            rows.append([*row, " -> ".join(number(compiles[name], " s") for name in (PLAIN, FAST))])
-    return table([*header, "over plain JAX", "pointwise", "to compile"], rows)
+    import pandas as pd
+
+    rows, words = [], dict(zip(NETWORK_MODES, ("inference", "train step"), strict=True))
+    for mode in NETWORK_MODES:
+        time, compiles = (report.table(what, mode, network=True) for what in ("time", "compile"))
+        found = (time * 1e3).map(number)
+        found["over plain JAX"] = (time[PLAIN] / time[FAST]).map(times)
+        found["with pointwise"] = (time[PLAIN] / time[POINTWISE]).map(times)
+        plain, fast = (compiles[name].map(number) for name in (PLAIN, FAST))
+        found["to compile"] = plain + " -> " + fast + " s"
+        rows.append(found.add_suffix(f", {words[mode]}", axis=0))
+    order = [f"{network}, {words[mode]}" for network in report.networks for mode in NETWORK_MODES]
+    return markdown_table("ms", pd.concat(rows).loc[order])
 
 
 def markdown(document: Mapping[str, Any]) -> str:
@@ -141,13 +135,12 @@ def markdown(document: Mapping[str, Any]) -> str:
         f"`{document['command']}`, {document['rounds']} rounds, commit {document['commit']}",
         f"{machine.format(**document['machine'])}; {', '.join([*versions, *settings])}",
         HOW,
-        *([layers(report, mode) for mode in LAYER_MODES] if report.cases else []),
-        *([summary(report)] if report.cases else []),
-        *([networks(report)] if document["networks"] else []),
-        *(f"failed: {what}: {why}" for what, why in document["failures"].items()),
-        *(["stopped before the end"] if document["stopped"] else []),
     ]
-    return "\n\n".join(parts)
+    if report.names:
+        parts += [*(layers(report, mode) for mode in LAYER_MODES), summary(report)]
+    parts += [networks(report)] if report.networks else []
+    parts += [f"failed: {what}: {why}" for what, why in document["failures"].items()]
+    return "\n\n".join([*parts, *(["stopped before the end"] if document["stopped"] else [])])
 
 
 def draw(document: Mapping[str, Any], path: pathlib.Path) -> None:
@@ -157,7 +150,7 @@ def draw(document: Mapping[str, Any], path: pathlib.Path) -> None:
     from matplotlib.ticker import LogLocator
 
     report = Report(document)
-    names = [f"{label}   {sizes}" for label, sizes in report.cases.items()]
+    names = [f"{label}   {sizes}" for label, sizes in report.names.items()]
     rows = np.arange(len(names))
     style = {"font.size": 9, "ytick.labelsize": 8, "axes.grid": True, "grid.alpha": 0.25}
     with matplotlib.style.context(["default", style]):
@@ -173,7 +166,7 @@ def draw(document: Mapping[str, Any], path: pathlib.Path) -> None:
                 look = {"c": color, "marker": marker, "label": NAMES[peer]}
                 axes.scatter(over[peer], rows, 26, zorder=3, **look)
             axes.axvline(1, color="black", lw=1, zorder=1)
-            title = f"{NAMES[mode]}: fastest peer takes {number(mean(fastest), 'x')} our time"
+            title = f"{NAMES[mode]}: fastest peer takes {times(mean(fastest))} our time"
             axes.set_title(title, fontsize=9.5, fontweight="bold")
             axes.set(xscale="log", xlabel="peer's time / our time")
             axes.xaxis.set(major_locator=LogLocator(subs=(1, 3)), major_formatter="{x:g}x")
