@@ -82,6 +82,7 @@ def test_peers_compute_what_we_compute(peer, mode):
     ("durations", "fresh", "budget", "first", "counted"),
     [
         ([9, 1, 1, 3, 2, 3], True, 8, 9, [3, 2, 3]),  # compiles, warms up, counts
+        ([9, 1, 1, 3, 1, 2, 4], True, 8, 9, [3, 1, 2, 4]),  # 2: not the least
         ([1, 1, 3, 3, 3], False, 8, 1, [3, 3, 3]),
         ([30, 20], True, 8, 30, [20]),  # slow: once more after it compiled
         ([20], False, 8, 20, [20]),
