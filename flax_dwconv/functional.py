@@ -1,22 +1,22 @@
 """The depthwise convolution as a pure function: `jax.lax.conv_general_dilated`, nothing else."""
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from flax_dwconv import _cpu, _geometry
+from flax_dwconv import _geometry, _lowering
 
-Method = Literal["auto", "lax"]
+Method = _lowering.Method
 
 
 def check_method(method: Any) -> Method:
-    """Returns `method` if it is "auto" or "lax", else raises a ValueError."""
-    if method not in ("auto", "lax"):
-        raise ValueError(f"`method` must be 'auto' or 'lax', got {method!r}.")
+    """Returns `method` if it is "auto", "lax" or "taps", else raises a ValueError."""
+    if method not in ("auto", "lax", "taps"):
+        raise ValueError(f"`method` must be 'auto', 'lax' or 'taps', got {method!r}.")
     return method
 
 
@@ -57,7 +57,8 @@ def depthwise_conv2d(
       precision: `jax.lax.Precision`, its name, or a pair of them, for GPU and TPU.
       preferred_element_type: dtype of the accumulation and the result; None is the dtype of `x`.
       method: "auto" lets the CPU lowering of this package (see `accelerate`) compile the
-        convolution; "lax" leaves it to XLA on every platform.
+        convolution; "lax" leaves it to XLA on every platform; "taps" compiles it as a sum over
+        taps on every platform.
 
     Returns:
       `(*batch, ho, wo, c*m)` or `(*batch, c*m, ho, wo)`; filter `m` of channel `c` is at `c*M + m`.
@@ -111,8 +112,7 @@ def depthwise_conv2d(
         for axis, pads in zip(window.spatial_axes, padding, strict=True):
             sizes[axis] = (*pads, 0)
         x, padding = lax.pad(x, jnp.zeros((), x.dtype), sizes), "VALID"
-    tag = _cpu.tagged if method == "auto" else _cpu.left_to_xla
-    with tag():
+    with _lowering.method_scope(method):
         y = lax.conv_general_dilated(
             x,
             kernel.reshape(kh, kw, 1, c * m),

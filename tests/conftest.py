@@ -1,6 +1,7 @@
 """What the whole suite runs under: the CPU, Keras on JAX, no files of the user, strict JAX."""
 
 import atexit
+import dataclasses
 import os
 import shutil
 import tempfile
@@ -63,11 +64,9 @@ def x64():
 @pytest.fixture
 def much_effort(monkeypatch):
     """Small convolutions are compiled as large ones are, in what is jitted in the test."""
-    from flax_dwconv import _cpu, _taps
+    from flax_dwconv._lowering import tuning
 
-    monkeypatch.setattr(_taps, "_EFFORT", [(0, *_taps._EFFORT[-1][1:])])
-    monkeypatch.setattr(_taps, "_SOME", 0)
-    monkeypatch.setattr(_taps, "_MANY", 0)
-    _cpu._plan.cache_clear()
-    yield
-    _cpu._plan.cache_clear()
+    always = dict(all_taps_elements=0, unrolled_bodies_elements=0)
+    efforts = (dataclasses.replace(tuning.TUNING.efforts[-1], elements=0),)
+    constants = dataclasses.replace(tuning.TUNING, efforts=efforts, **always)
+    monkeypatch.setattr(tuning, "TUNING", constants)

@@ -320,17 +320,17 @@ ERRORS = [
     (
         lambda: conv(method="fast"),
         ValueError,
-        "`method` must be 'auto' or 'lax', got 'fast'.",
+        "`method` must be 'auto', 'lax' or 'taps', got 'fast'.",
     ),
     (
         lambda: conv(method=None),
         ValueError,
-        "`method` must be 'auto' or 'lax', got None.",
+        "`method` must be 'auto', 'lax' or 'taps', got None.",
     ),
     (
         lambda: conv(method=["lax"]),
         ValueError,
-        "`method` must be 'auto' or 'lax', got ['lax'].",
+        "`method` must be 'auto', 'lax' or 'taps', got ['lax'].",
     ),
     # The layer's constructor: geometry
     (
@@ -632,12 +632,12 @@ ERRORS = [
     (
         lambda: layer(method="fast"),
         ValueError,
-        "`method` must be 'auto' or 'lax', got 'fast'.",
+        "`method` must be 'auto', 'lax' or 'taps', got 'fast'.",
     ),
     (
         lambda: layer(method=None),
         ValueError,
-        "`method` must be 'auto' or 'lax', got None.",
+        "`method` must be 'auto', 'lax' or 'taps', got None.",
     ),
     # init and apply
     (

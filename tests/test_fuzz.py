@@ -38,8 +38,6 @@ from test_functional import Case
 
 from flax_dwconv import (
     DepthwiseConv2D,
-    _cpu,
-    _taps,
     accelerate,
     activations,
     constraints,
@@ -49,6 +47,7 @@ from flax_dwconv import (
     regularizers,
     torch_io,
 )
+from flax_dwconv._lowering import tuning
 
 KEY = jax.random.key(0)
 
@@ -254,24 +253,24 @@ TRANSFORMATIONS = {
 # The algorithms for large images and kernels, on small ones: their limits are lowered to these.
 ALGORITHMS = {
     "as is": {},
-    "regions": {"_EFFORT": [(0, 400, 1)], "_SOME": 0, "_PADDED": 0},
-    "padded taps": {"_EFFORT": [(0, 400, 1)], "_PADDED": 99},
-    "padded": {"_EFFORT": [(0, 0, 1)]},
-    "short rows": {"_EFFORT": [(0, 0, 999)], "_SOME": 0},
-    "tiles": {"_EFFORT": [(0, 0, 999)], "_ROW": 0, "_TILE": 3},
-    "wide tiles": {"_EFFORT": [(0, 0, 999)], "_ROW": 0},
-    "all taps": {"_SOME": 0, "_POSITIONS": 4, "_POSITIONS_TOGETHER": 1},
-    "rows unrolled": {"_EFFORT": [(0, 0, 999)], "_MANY": 0},
+    "regions": {"efforts": (tuning.Effort(0, 400, 1),), "all_taps_elements": 0, "padded_taps": 0},
+    "padded taps": {"efforts": (tuning.Effort(0, 400, 1),), "padded_taps": 99},
+    "padded": {"efforts": (tuning.Effort(0, 0, 1),)},
+    "short rows": {"efforts": (tuning.Effort(0, 0, 999),), "all_taps_elements": 0},
+    "tiles": {"efforts": (tuning.Effort(0, 0, 999),), "row_outputs": 0, "tile_outputs": 3},
+    "wide tiles": {"efforts": (tuning.Effort(0, 0, 999),), "row_outputs": 0},
+    "all taps": {"all_taps_elements": 0, "all_taps_positions": 4, "positions_together": 1},
+    "rows unrolled": {"efforts": (tuning.Effort(0, 0, 999),), "unrolled_bodies_elements": 0},
     "loops": {
-        "_EFFORT": [(0, 0, 1)],
-        "_UNROLLED_TAPS": 5,
-        "_LOOP_PRODUCTS": 8,
-        "_FEW_ROWS": 0,
-        "_ROW_TAPS": 2,
-        "_ROW_PRODUCTS": 1,
+        "efforts": (tuning.Effort(0, 0, 1),),
+        "unrolled_taps": 5,
+        "loop_products": 8,
+        "unrolled_bodies": 0,
+        "row_taps": 2,
+        "row_products": 1,
     },
-    "loops over rows": {"_EFFORT": [(0, 0, 1)], "_UNROLLED_TAPS": 5, "_LOOP_PRODUCTS": 32},
-    "short sums": {"_EFFORT": [(0, 8, 20)], "_FEW_ROWS": 0, "_POSITIONS": 4},
+    "loops over rows": {"efforts": (tuning.Effort(0, 0, 1),), "unrolled_taps": 5, "loop_products": 32},
+    "short sums": {"efforts": (tuning.Effort(0, 8, 20),), "unrolled_bodies": 0, "all_taps_positions": 4},
 }
 # Every sum of products is exact: below 2 / eps.
 LIMITS = {"float32": 3, "bfloat16": 1, "float16": 2, "float64": 9}
@@ -315,11 +314,9 @@ def check(case, dtype, transformations, algorithm, run, method="auto"):
         return y.astype("float64")
 
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in ALGORITHMS[algorithm].items():
-            patch.setattr(_taps, name, value)
-        _cpu._plan.cache_clear()
+        constants = dataclasses.replace(tuning.TUNING, **ALGORITHMS[algorithm])
+        patch.setattr(tuning, "TUNING", constants)
         result = run(wide, a, b)
-        _cpu._plan.cache_clear()
     np.testing.assert_array_equal(result, form.expected(a, b))
 
 

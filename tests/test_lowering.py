@@ -15,7 +15,8 @@ import pytest
 from jax import lax
 
 import flax_dwconv
-from flax_dwconv import _cpu, _taps, activations, depthwise_conv2d
+from flax_dwconv import activations, depthwise_conv2d
+from flax_dwconv._lowering import tuning
 
 # kernel size, strides, padding, dilation rate, multiplier, channels_first, image size
 CASES = {
@@ -469,7 +470,7 @@ def test_operands_are_computed_once():
         assert loops and not any(" slice(" in loop for loop in loops)
 
 
-@pytest.mark.parametrize("channels", [2, 3 * _cpu._FEW_CHANNELS])
+@pytest.mark.parametrize("channels", [2, 3 * tuning.TUNING.copied_channels])
 def test_a_multiplier_with_few_and_many_channels(channels):
     """Few are copied for kernel gradients too."""
     name = "3x3 strides and multiplier"
@@ -614,7 +615,8 @@ def test_large_kernels_compile_a_loop():
     g = slow(x, kernel) % 5
     forward, backward = jax.jit(f), jax.jit(vjp(f))
     lowered = forward.lower(x, kernel)
-    assert lowered.as_text().count("stablehlo.multiply") < 4 * _taps._LOOP_PRODUCTS < 31 * 31
+    products = tuning.TUNING.loop_products
+    assert lowered.as_text().count("stablehlo.multiply") < 4 * products < 31 * 31
     for executable in lowered.compile(), backward.lower(x, kernel, g).compile():
         text = executable.as_text()
         assert " while(" in text and "xla_cpu_small_call" not in text

@@ -28,7 +28,8 @@ import pytest
 from jax import lax
 
 import flax_dwconv
-from flax_dwconv import _cpu, depthwise_conv2d
+from flax_dwconv import _lowering, depthwise_conv2d
+from flax_dwconv._lowering import program, rule
 from flax_dwconv.benchmark.cases import layers
 
 ROOT = pathlib.Path(flax_dwconv.__file__).parents[1]
@@ -87,7 +88,7 @@ def test_threads_compile_at_once_and_do_not_tag_each_other():
         for inside in (i % 2, 1, 0, i % 2):
             with scope if inside else flax_dwconv.accelerate():
                 if not inside:
-                    with _cpu.left_to_xla():
+                    with _lowering.method_scope("lax"):
                         lowered = jitted.lower(x, kernel)
                 else:
                     lowered = jitted.lower(x, kernel)
@@ -143,7 +144,7 @@ def test_exceptions_leave_only_their_own_scope():
             for _ in range(3):
                 with pytest.raises(ValueError, match="on purpose"), scope:
                     fails()
-                with pytest.raises(KeyError), _cpu.left_to_xla():
+                with pytest.raises(KeyError), _lowering.method_scope("lax"):
                     seen.append(tagged())
                     raise KeyError
                 seen.append(tagged())
@@ -184,9 +185,9 @@ def test_equal_convolutions_are_planned_once():
             x = plain(x, kernel)
         return x
 
-    before = _cpu._plan.cache_info()
+    before = program.cached.cache_info()
     flax_dwconv.accelerate(jax.jit(network)).lower(x, kernel)
-    after = _cpu._plan.cache_info()
+    after = program.cached.cache_info()
     assert after.misses - before.misses == 1
     assert after.maxsize < 10_000  # it does not grow forever
 
@@ -304,11 +305,11 @@ def test_temporary_memory(shape, channels):
 
 # What of JAX may go away
 
-SOURCE = inspect.getsource(_cpu)
+SOURCE = inspect.getsource(rule)
 
 
 def touched():
-    """Every name of JAX that `_cpu` reads from a module that JAX does not promise to keep, or from
+    """Every name of JAX that `rule` reads from a module that JAX does not promise to keep, or from
     the context that a lowering rule is given."""
     tree = ast.parse(SOURCE)
     roots, names = {"ctx"}, set()
@@ -334,12 +335,12 @@ def touched():
 
 def test_what_we_touch_is_listed_in_one_place():
     assert {"set_xla_metadata", "register_lowering", "_lowerings"} <= set(touched())
-    listed = re.findall(r"\w+", _cpu.__doc__.partition("does not promise to keep")[2])
+    listed = re.findall(r"\w+", rule.__doc__.partition("does not promise to keep")[2])
     assert not set(touched()) - set(listed)
 
 
 def test_nothing_else_is_private_to_jax_or_flax():
-    for path in ROOT.glob("flax_dwconv/*.py"):
+    for path in ROOT.glob("flax_dwconv/**/*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         roots = set()
         for node in ast.walk(tree):
@@ -354,7 +355,7 @@ def test_nothing_else_is_private_to_jax_or_flax():
                 while isinstance(base, ast.Attribute):
                     base = base.value
                 private = isinstance(base, ast.Name) and base.id in roots
-                assert not private or path.stem == "_cpu", f"{path.name}: {ast.unparse(node)}"
+                assert not private or path.stem == "rule", f"{path.name}: {ast.unparse(node)}"
 
 
 GONE = """
@@ -368,7 +369,7 @@ def hide(cls, name):
     found = cls.__getattribute__
 
     def get(self, attribute):
-        if attribute == name and sys._getframe(1).f_globals["__name__"] == "flax_dwconv._cpu":
+        if attribute == name and sys._getframe(1).f_globals["__name__"] == "flax_dwconv._lowering.rule":
             raise AttributeError(name)
         return found(self, attribute)
 
@@ -404,12 +405,14 @@ def run(method):
     compiled = flax_dwconv.accelerate(step).lower(kernel).compile()
     return compiled(kernel), " convolution(" in compiled.as_text()
 
-rules = dict(mlir._platform_specific_lowerings["cpu"])
+rules = {p: dict(r) for p, r in mlir._platform_specific_lowerings.items()}, dict(mlir._lowerings)
 expected, _ = run("lax")
 for name in [None, *sys.argv[1:]]:
     for module in [m for m in sys.modules if m.startswith("flax_dwconv")]:
         del sys.modules[module]
-    mlir._platform_specific_lowerings["cpu"].update(rules)
+    for platform, of_platform in rules[0].items():
+        mlir._platform_specific_lowerings[platform].update(of_platform)
+    mlir._lowerings.update(rules[1])
     back = remove(name) if name else lambda: None
     convolves = error = None
     with warnings.catch_warnings(record=True) as caught:

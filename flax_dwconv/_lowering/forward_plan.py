@@ -1,0 +1,260 @@
+"""Which sum over taps computes a convolution: regions, rows, tiles or a loop, on integers alone."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+
+from flax_dwconv._lowering.axis import Axis
+from flax_dwconv._lowering.tuning import Tuning
+
+# For each dimension, what `Axis.phases` returns.
+Phases = Sequence[Sequence[tuple[range, Axis]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Zeros:
+    """The outputs of a phase that no tap reads for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Regions:
+    """Regions of the outputs, each the sum of those taps that read inside the image.
+
+    Attributes:
+      padded: for each spatial dimension, whether there are no regions along it: the taps that read
+        outside for some outputs are padded, each by itself.
+    """
+
+    padded: tuple[bool, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Whole rows, each output of them the sum of those taps that read inside the row.
+
+    Attributes:
+      exchanged: for each spatial dimension but the last, whether image and kernel exchange their
+        roles there: the image's rows are the taps.
+      row_by_row: how the outputs are summed up, see `sums.together`.
+    """
+
+    exchanged: tuple[bool, ...]
+    row_by_row: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Tiles of neighbouring outputs of a row, all taps one by one; the image is padded.
+
+    Attributes:
+      outputs: neighbouring outputs of a tile.
+      row_by_row: how they are summed up, see `sums.together`.
+    """
+
+    outputs: int
+    row_by_row: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """Tiles again, whose taps are a loop, or two, each over some columns of the kernel.
+
+    Attributes:
+      outputs: neighbouring outputs of a tile.
+      row_by_row: how they are summed up, see `sums.together`.
+      passes: the loops.
+    """
+
+    outputs: int
+    row_by_row: bool
+    passes: tuple["Pass", ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """A loop over the columns of the kernel from `start` to `stop`.
+
+    Attributes:
+      start: the first column, an index into the last spatial dimension.
+      stop: the column after the last.
+      taps: the taps of each dimension that one pass of the loop adds.
+      grid: how many passes there are along each dimension; `taps` times `grid` are all.
+    """
+
+    start: int
+    stop: int
+    taps: tuple[int, ...]
+    grid: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """One phase of the outputs along every dimension: a convolution that is not dilated.
+
+    Attributes:
+      taps: of each dimension, those of the kernel that read for this phase.
+      axes: its geometry.
+      algorithm: what computes it.
+    """
+
+    taps: tuple[range, ...]
+    axes: tuple[Axis, ...]
+    algorithm: Zeros | Regions | Rows | Tiles | Loop
+
+
+@dataclasses.dataclass(frozen=True)
+class Taps:
+    """A sum over taps: of an image and each of the kernels.
+
+    Attributes:
+      exchanged: whether image and kernel exchange their roles, as `Axis.swapped` does.
+      axes: the geometry, exchanged if they are.
+      crop: the first position and the size of the image along each dimension, pads included, which
+        all phases share; None, where each phase makes its own.
+      counts: how many phases there are along each dimension.
+      phases: all of them, the last dimension fastest.
+    """
+
+    exchanged: bool
+    axes: tuple[Axis, ...]
+    crop: tuple[tuple[int, ...], tuple[int, ...]] | None
+    counts: tuple[int, ...]
+    phases: tuple[Phase, ...]
+
+
+def choose(
+    examples: int,
+    kernels: int,
+    axes: Sequence[Axis],
+    channels: int,
+    tuning: Tuning,
+) -> tuple[Taps, str]:
+    """Returns the algorithm that convolves every example with every kernel, and why.
+
+    Args:
+      examples: images of the batch.
+      kernels: kernels for each channel.
+      axes: the geometry of each spatial dimension.
+      channels: of image and kernel.
+      tuning: the constants.
+    """
+    exchanged = math.prod(axis.kernel for axis in axes) > math.prod(axis.size for axis in axes)
+    if exchanged:
+        # In derivatives of the kernel gradient, the "kernel" is an image.
+        examples, axes = kernels, [axis.swapped() for axis in axes]
+    phases = [axis.phases() for axis in axes]
+    interleaved = any(len(of_axis) > 1 for of_axis in phases)
+    image = examples * math.prod(axis.size for axis in axes) * channels
+    results = examples * math.prod(axis.out for axis in axes) * channels
+    # With the regions of several phases of a 5x5 kernel, LLVM does not vectorise; tiles take 1.4
+    # times as long as single outputs.
+    elements = 0 if interleaved else max(image, results)
+    effort = [effort for effort in tuning.efforts if elements >= effort.elements][-1]
+    padded, region_taps = _regions(phases, effort.region_taps, tuning)
+    regions = region_taps <= effort.region_taps
+    crop = None
+    if interleaved and not regions:
+        crop, phases = _same_image(phases)
+    chosen = []
+    for parts in itertools.product(*phases):
+        taps, geometry = zip(*parts, strict=True)
+        algorithm = Regions(padded) if regions else _padded(geometry, effort.products, tuning)
+        chosen.append(Phase(taps, geometry, algorithm))
+    counts = tuple(len(of_axis) for of_axis in phases)
+    why = "{} taps in regions, {} {} for {}".format(
+        region_taps,
+        "at most" if regions else "more than",
+        effort.region_taps,
+        "an image in phases" if interleaved else f"{elements} elements",
+    )
+    return Taps(exchanged, tuple(axes), crop, counts, tuple(chosen)), why
+
+
+def _same_image(
+    phases: Phases,
+) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], Phases]:
+    """Has all phases read one padded image.
+
+    Args:
+      phases: of each dimension.
+
+    Returns:
+      The first position and the size of the padded image along each dimension, and the phases whose
+      input it is.
+    """
+    first = [min(-axis.low for _, axis in of_axis) for of_axis in phases]
+    stop = [max(axis.reach - axis.low for _, axis in of_axis) for of_axis in phases]
+    sizes = [hi - lo for lo, hi in zip(first, stop, strict=True)]
+    moved = [
+        [(taps, dataclasses.replace(axis, size=size, low=axis.low + lo)) for taps, axis in of_axis]
+        for of_axis, lo, size in zip(phases, first, sizes, strict=True)
+    ]
+    return (tuple(first), tuple(sizes)), moved
+
+
+def _regions(phases: Phases, most: int, tuning: Tuning) -> tuple[tuple[bool, ...], int]:
+    """Returns along which dimensions taps would be padded, and how many taps regions would have.
+
+    Args:
+      phases: of each dimension.
+      most: from more taps than this on, a dimension is not looked at closely: along 4,096 taps,
+        `Axis.runs` would take seconds.
+      tuning: the constants.
+    """
+    padded, taps, pads = [], 1, tuning.padded_taps
+    for of_axis in reversed(phases):
+        cut = [run.count < axis.out for _, axis in of_axis for _, run in axis.reads().values()]
+        padded.insert(0, sum(cut) <= pads)
+        if padded[0]:
+            pads -= sum(cut)
+            taps *= len(cut)
+        elif len(cut) > most:
+            taps *= len(cut)
+        else:
+            taps *= sum(len(run.taps) for _, axis in of_axis for run in axis.runs())
+    return tuple(padded), taps
+
+
+def _padded(axes: Sequence[Axis], products: int, tuning: Tuning) -> Zeros | Rows | Tiles | Loop:
+    """Returns the algorithm for a phase that has no regions.
+
+    Args:
+      axes: its geometry.
+      products: the most products of a pass of the inner loop; with 1, outputs are single ones.
+      tuning: the constants.
+    """
+    sizes = [axis.kernel for axis in axes]
+    taps = math.prod(sizes)
+    if not taps:
+        return Zeros()
+    if taps > tuning.unrolled_taps:
+        outputs = tuning.loop_outputs
+        return Loop(outputs, outputs >= tuning.outputs_row_by_row, _passes(sizes, outputs, tuning))
+    if products > 1 and axes[-1].out <= tuning.row_outputs:
+        exchanged = tuple(axis.size <= axis.kernel and axis.rhs_dilation == 1 for axis in axes[:-1])
+        return Rows(exchanged, axes[-1].out >= tuning.outputs_row_by_row)
+    outputs = max(min(tuning.tile_outputs, products // taps), 1)
+    return Tiles(outputs, outputs >= tuning.outputs_row_by_row)
+
+
+def _passes(sizes: Sequence[int], outputs: int, tuning: Tuning) -> tuple[Pass, ...]:
+    """Returns the loops over a kernel: its columns in equal pieces, and what is left of them.
+
+    A pass of a loop adds a piece of a row, or as many rows as divide them all.
+    """
+    *_, columns = sizes
+    pieces = -(-columns * outputs // tuning.loop_products)
+    width = -(-columns // pieces)
+    rest = columns % width
+    passes = []
+    for start, stop, piece in [(0, columns - rest, width), (columns - rest, columns, rest)]:
+        if start == stop:
+            continue
+        taps = [piece]
+        for size in reversed(sizes[:-1]):
+            most = max(tuning.loop_products // outputs // math.prod(taps), 1)
+            taps.insert(0, max(n for n in range(1, most + 1) if size % n == 0))
+        grid = [size // n for size, n in zip([*sizes[:-1], stop - start], taps, strict=True)]
+        passes.append(Pass(start, stop, tuple(taps), tuple(grid)))
+    return tuple(passes)

@@ -1,0 +1,96 @@
+"""Kernel gradients: for each tap, a sum over all examples and positions.
+
+A sum over all positions for each channel does not vectorise. So neighbouring positions are summed
+up first, for several taps of the kernel in one pass, which leaves a fraction of the array to
+reduce.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from flax_dwconv._lowering import kernel_gradient_plan as plan
+from flax_dwconv._lowering import sums, windows, workarounds
+
+
+def kernel_gradient(x: jax.Array, g: jax.Array, gradient: plan.KernelGradient) -> jax.Array:
+    """Returns the sum over all examples of the convolution of `x` with `g` as the kernel.
+
+    Args:
+      x: `(n, *sizes, c)`.
+      g: `(n, *kernels, c)`: the cotangent, of the dtype of `x`.
+      gradient: the plan.
+
+    Returns:
+      `(*outs, c)`.
+    """
+    if gradient.exchanged:
+        y = _passes(g, x, gradient)
+        return lax.rev(y, range(y.ndim - 1))
+    return _passes(x, g, gradient)
+
+
+def _passes(x: jax.Array, g: jax.Array, gradient: plan.KernelGradient) -> jax.Array:
+    """Computes the gradients pass by pass, and puts them in order."""
+    if gradient.crop is not None:
+        x = windows.crop(x, *gradient.crop)
+    if gradient.loop is None:
+        read = functools.partial(windows.window, x)
+        y = jnp.stack([_taps(read, g, blocks, gradient) for blocks in gradient.blocks])
+    else:
+        loop, (blocks,) = gradient.loop, gradient.blocks
+        x = windows.crop(x, loop.first, loop.reach)
+
+        def step(i: jax.Array) -> jax.Array:
+            corner = windows.unravel(workarounds.parallel(i), gradient.grid)
+            start = [a * gap for a, gap in zip(corner, loop.apart, strict=True)]
+            return _taps(windows.moving_window(x, start), g, blocks, gradient)
+
+        y = lax.map(step, jnp.arange(math.prod(gradient.grid)))
+    # In order: there is one pass, or a pass has taps of the last dimension only.
+    y = y.reshape(*[n * m for n, m in zip(gradient.grid, gradient.taps, strict=True)], -1)
+    return lax.slice_in_dim(y, 0, gradient.out, axis=len(gradient.grid) - 1)
+
+
+def _taps(
+    read: windows.Reader,
+    g: jax.Array,
+    blocks: Sequence[plan.Block],
+    gradient: plan.KernelGradient,
+) -> jax.Array:
+    """Returns `(*taps, c)`: the gradients of the taps of one pass.
+
+    Args:
+      read: the image, from the position that the pass counts from.
+      g: `(n, *kernels, c)`.
+      blocks: what is summed up.
+      gradient: the plan.
+    """
+    taps = gradient.taps
+    zeros = jnp.zeros((math.prod(taps), g.shape[-1]), g.dtype)
+    parts = [_block(read, g, block, gradient) for block in blocks]
+    return functools.reduce(lax.add, parts or [zeros]).reshape(*taps, -1)
+
+
+def _block(
+    read: windows.Reader, g: jax.Array, block: plan.Block, gradient: plan.KernelGradient
+) -> jax.Array:
+    """Returns `(taps, c)`: what one block adds to the gradients."""
+    steps = [len(reads) for reads in block.reads]
+    images = functools.cache(lambda at: read(at, block.counts, block.apart))
+    outputs: list[sums.Terms] = [{} for _ in range(math.prod(gradient.taps))]
+    for i, position in enumerate(itertools.product(*block.reads)):
+        positions, inside = zip(*position, strict=True)
+        cotangent = windows.window(g, positions, block.counts, steps)
+        for terms, tap in zip(outputs, itertools.product(*map(range, gradient.taps)), strict=True):
+            if all(a in at for a, at in zip(tap, inside, strict=True)):
+                at = tuple(at[a] for a, at in zip(tap, inside, strict=True))
+                terms[i // gradient.positions_together, i] = lax.mul(images(at), cotangent)
+    shape = (g.shape[0], *block.counts, g.shape[-1])
+    summed = sums.together(outputs, gradient.row_by_row, shape, g.dtype)
+    return jnp.stack([y.sum(range(y.ndim - 1)) for y in summed])

@@ -1,0 +1,249 @@
+"""How the gradients of the taps of a kernel are shared out among passes, on integers alone."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+
+from flax_dwconv._lowering.axis import Axis
+from flax_dwconv._lowering.tuning import Tuning
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Positions of the cotangent whose products a pass sums up, and equal blocks next to them.
+
+    Attributes:
+      reads: for each dimension, the positions of the cotangent, and for each of these {tap: the
+        position of the image that it reads}, without the taps that read outside.
+      counts: how many such blocks follow one another along each dimension.
+      apart: along each dimension, the distance of one block to the next, in positions of the image.
+    """
+
+    reads: tuple[tuple[tuple[int, dict[int, int]], ...], ...]
+    counts: tuple[int, ...]
+    apart: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """The loop over the passes of a kernel gradient.
+
+    Attributes:
+      first: the first position of the image along each dimension that the first pass reads.
+      reach: how many positions all passes read, pads included.
+      apart: the distance of one pass to the next, in positions of the image.
+    """
+
+    first: tuple[int, ...]
+    reach: tuple[int, ...]
+    apart: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelGradient:
+    """The gradients of all taps of a kernel, some in one pass.
+
+    Attributes:
+      exchanged: whether image and cotangent exchange their roles, as `Axis.swapped` does.
+      crop: the first position and the size of the image along each dimension, if it is padded or
+        cropped before everything else.
+      taps: how many taps of each dimension a pass has.
+      grid: how many passes there are along each dimension.
+      out: the taps of the last dimension of the kernel; the last passes may have more.
+      blocks: for each pass, or in a loop for all, what it sums up.
+      row_by_row: how the taps of a pass are summed up, see `sums.together`.
+      positions_together: as in `Tuning`.
+      loop: the loop, or None if the passes are compiled one by one.
+    """
+
+    exchanged: bool
+    crop: tuple[tuple[int, ...], tuple[int, ...]] | None
+    taps: tuple[int, ...]
+    grid: tuple[int, ...]
+    out: int
+    blocks: tuple[tuple[Block, ...], ...]
+    row_by_row: bool
+    positions_together: int
+    loop: Loop | None
+
+
+def suits(axes: Sequence[Axis]) -> bool:
+    """Whether it is one for `KernelGradient`: a small result of a large image and kernel.
+
+    Args:
+      axes: the geometry; the "kernel" is the cotangent, and the outputs are the kernel's taps.
+    """
+    out = math.prod(axis.out for axis in axes)
+    kernel = math.prod(axis.kernel for axis in axes)
+    size = math.prod(axis.size for axis in axes)
+    dilated = {axis.lhs_dilation > 1 for axis in axes if axis.lhs_dilation != axis.rhs_dilation}
+    both = any(axis.lhs_dilation > 1 and axis.rhs_dilation > 1 for axis in axes)
+    return out <= min(kernel, size) and len(dilated) <= 1 and not both
+
+
+def choose(
+    examples: int, axes: Sequence[Axis], channels: int, tuning: Tuning
+) -> tuple[KernelGradient, str]:
+    """Returns the algorithm for the kernel gradient of one image and cotangent, and why.
+
+    Args:
+      examples: images of the batch.
+      axes: the geometry, `out` being the size of the true kernel. One of `lhs_dilation` and
+        `rhs_dilation` is 1 on each axis, the same one on all.
+      channels: of image and cotangent.
+      tuning: the constants.
+    """
+    exchanged = any(axis.lhs_dilation > 1 for axis in axes)
+    if exchanged:
+        axes = [axis.swapped() for axis in axes]
+    *outer, last = axes
+    crop = None
+    if last.edge_taps * min(last.out, tuning.row_taps) > 2 * tuning.row_products:
+        # Too many to be left out one by one, as with a large dilation: they read zeros.
+        crop = (
+            (*[0 for _ in outer], -last.low),
+            (*[axis.size for axis in outer], last.reach),
+        )
+        last = dataclasses.replace(last, size=last.reach, low=0)
+        axes = [*outer, last]
+    elements = examples * math.prod(axis.size for axis in axes) * channels
+
+    taps = [axis.out for axis in axes]
+    all_inside = all(axis.edge_taps <= axis.out for axis in axes)
+    positions = tuning.all_taps_positions
+    why = "all taps in one pass"
+    if math.prod(taps) > tuning.all_taps or elements < tuning.all_taps_elements or not all_inside:
+        pieces = -(-last.out // tuning.row_taps)
+        taps = [*[1 for _ in outer], -(-last.out // pieces)]
+        positions = tuning.row_products // taps[-1]
+        why = "a row of taps, or a piece of one, in one pass"
+    grid = [-(-axis.out // n) for axis, n in zip(axes, taps, strict=True)]
+    apart = [n * axis.stride for axis, n in zip(axes, taps, strict=True)]
+    first = [-axis.low for axis in axes]
+    passes = math.prod(grid)
+
+    def result(blocks: Sequence[tuple[Block, ...]], loop: Loop | None) -> KernelGradient:
+        return KernelGradient(
+            exchanged=exchanged,
+            crop=crop,
+            taps=tuple(taps),
+            grid=tuple(grid),
+            out=last.out,
+            blocks=tuple(blocks),
+            row_by_row=math.prod(taps) >= tuning.outputs_row_by_row,
+            positions_together=tuning.positions_together,
+            loop=loop,
+        )
+
+    if _is_unrolled(passes, passes * taps[-1] * last.kernel, elements, tuning):
+        starts = [range(f, n * gap + f, gap) for f, n, gap in zip(first, grid, apart, strict=True)]
+        corners = itertools.product(*starts)
+        blocks = [_blocks(axes, at, taps, positions, tuning) for at in corners]
+        return result(blocks, None), f"{why}; {passes} passes one by one"
+    extent = [dataclasses.replace(axis, out=n).reach for axis, n in zip(axes, taps, strict=True)]
+    reach = [(n - 1) * gap + e for n, gap, e in zip(grid, apart, extent, strict=True)]
+    left = 0
+    if grid[-1] == 1 and last.kernel <= positions:
+        # Each row reads the whole width of the image at once, which needs no pads.
+        left, first[-1], extent[-1], reach[-1] = first[-1], 0, last.size, last.size
+    else:
+        positions = tuning.all_taps_positions
+    inner = [dataclasses.replace(axis, size=e) for axis, e in zip(axes, extent, strict=True)]
+    blocks = _blocks(inner, [*[0 for _ in outer], left], taps, positions, tuning)
+    loop = Loop(tuple(first), tuple(reach), tuple(apart))
+    return result([blocks], loop), f"{why}; {passes} passes in a loop"
+
+
+def _is_unrolled(passes: int, products: int, elements: int, tuning: Tuning) -> bool:
+    """Whether the passes of a kernel gradient are compiled one by one.
+
+    Args:
+      passes: how many there are.
+      products: of all passes: taps times positions of a row of the cotangent.
+      elements: of the image.
+      tuning: the constants.
+    """
+    if passes <= tuning.unrolled_bodies:
+        return True
+    few = passes <= tuning.unrolled_bodies_large
+    short = products <= tuning.unrolled_bodies_large * tuning.row_products
+    return elements >= tuning.unrolled_bodies_elements and (few or short)
+
+
+def _blocks(
+    axes: Sequence[Axis],
+    first: Sequence[int],
+    taps: Sequence[int],
+    positions: int,
+    tuning: Tuning,
+) -> tuple[Block, ...]:
+    """Returns what one pass of a kernel gradient sums up.
+
+    Along each dimension, the positions of the cotangent that read inside the image for all taps are
+    blocks of neighbours; the others are a block of their own, without what reads outside.
+
+    Args:
+      axes: the geometry of each spatial dimension, with the sizes of the image.
+      first: of each dimension, the position of the image that the first tap reads for the first
+        position of the cotangent.
+      taps: how many there are along each dimension.
+      positions: about how many positions of the cotangent one block has.
+      tuning: the constants.
+    """
+    reads = [
+        {
+            p: {
+                a: t
+                for a in range(n)
+                if 0 <= (t := at + a * axis.stride + p * axis.rhs_dilation) < axis.size
+            }
+            for p in range(axis.kernel)
+        }
+        for at, n, axis in zip(first, taps, axes, strict=True)
+    ]
+
+    def split(d: int, most: int) -> list[tuple[list[int], int]]:
+        """Returns the first block of each kind along a dimension, and how many there are."""
+        some = [p for p, inside in reads[d].items() if inside]
+        if d == len(axes) - 1:
+            most = max(min(most, tuning.all_taps_positions), 1)
+            whole = len(some) <= most
+        else:  # all rows or single ones
+            whole = len(some) * math.prod(axis.kernel for axis in axes[d + 1 :]) <= 2 * most
+            most = 1
+        if whole:
+            return [(some, 1)] * bool(some)
+        every = [p for p in some if len(reads[d][p]) == taps[d]]
+        width = min(range(-(-most // 2), most + 1), key=lambda width: (len(every) % width, -width))
+        count = len(every) // width
+        if count < 2:
+            return [(some, 1)]
+        every = every[: count * width]
+        regular = set(every)  # a signal may have 100,000 positions
+        others = [p for p in some if p not in regular]
+        return [(every[:width], count)] + [(others, 1)] * bool(others)
+
+    found = []
+
+    def build(chosen: tuple[tuple[list[int], int], ...], most: int) -> None:
+        d = len(chosen)
+        if d < len(axes):
+            for part in split(d, most):
+                build((*chosen, part), most // len(part[0]))
+            return
+        blocks, counts = zip(*chosen, strict=True)
+        found.append(
+            Block(
+                reads=tuple(
+                    tuple((p, of[p]) for p in b) for of, b in zip(reads, blocks, strict=True)
+                ),
+                counts=counts,
+                apart=tuple(
+                    len(b) * axis.rhs_dilation for b, axis in zip(blocks, axes, strict=True)
+                ),
+            )
+        )
+
+    build((), positions)
+    return tuple(found)

@@ -1,0 +1,90 @@
+"""The function that replaces a convolution: what all algorithms have in common."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from flax_dwconv._lowering import forward, kernel_gradient, product, tuning, workarounds
+from flax_dwconv._lowering import plan as plans
+
+Program = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def program(convolution: plans.Convolution, precision: Any) -> Program | None:
+    """Returns the jitted function (lhs, rhs) -> out that replaces a convolution.
+
+    Args:
+      convolution: what JAX is to lower.
+      precision: its parameter.
+
+    Returns:
+      The function, or None if the convolution is left to XLA.
+    """
+    constants = tuning.TUNING if convolution.on_cpu else tuning.ELSEWHERE
+    return cached(convolution, precision, constants)
+
+
+@functools.lru_cache(maxsize=1024)
+def cached(
+    convolution: plans.Convolution, precision: Any, constants: tuning.Tuning
+) -> Program | None:
+    """`program` with these tuning constants.
+
+    The cache makes equal convolutions of a network one function, which JAX traces and lowers once.
+    """
+    plan = plans.plan(convolution, constants)
+    if plan.algorithm is None:
+        return None
+    lhs_spec, rhs_spec, out_spec = (operand.spec for operand in convolution.operands)
+    grouped = 0 if convolution.batch_groups > 1 else 1  # the batch or the features of `lhs`
+    depthwise = not isinstance(plan.algorithm, plans.Product)
+    tricks = depthwise and convolution.on_cpu
+
+    def compute(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        x = _groups_last(x.astype(plan.accumulator), lhs_spec, grouped, plan.groups)
+        kernel = _groups_last(kernel.astype(plan.accumulator), rhs_spec, 0, plan.groups)
+        if plan.copies > 1:  # of each channel, one for each filter
+            x = jnp.repeat(x, plan.copies, -1)
+            kernel = jnp.moveaxis(kernel, 0, -1).reshape(*kernel.shape[1:-1], -1)[None]
+        if tricks:
+            x, kernel = workarounds.materialized(x, kernel)
+        y = _algorithm(x, kernel, plan.algorithm, precision)  # (n, m, *outs, c)
+        order = [(0,), (y.ndim - 1, 1), *[(i,) for i in range(2, y.ndim - 1)]]
+        at = sorted(range(len(order)), key=out_spec.__getitem__)
+        y = lax.transpose(y, [d for i in at for d in order[i]])
+        y = y.reshape(convolution.out.shape)
+        if tricks:
+            y = workarounds.computed_once(y)
+        return y.astype(convolution.out.dtype)
+
+    return jax.jit(compute)
+
+
+def _algorithm(x: jax.Array, kernel: jax.Array, algorithm: Any, precision: Any) -> jax.Array:
+    """Returns `(n, m, *outs, c)` of `(n, q, *sizes, c)` and `(m, q, *kernels, c)`."""
+    match algorithm:
+        case plans.Product():
+            return product.multiply(x, kernel, algorithm, precision)
+        case plans.KernelGradient():
+            gradient = functools.partial(kernel_gradient.kernel_gradient, gradient=algorithm)
+            if x.shape[0] == kernel.shape[0] == 1:
+                return gradient(x[0], kernel[0])[None, None]
+            return jax.vmap(jax.vmap(gradient, (None, 0)), (0, None))(x, kernel)
+        case plans.Taps():
+            if x.shape[1] == 1:
+                return forward.convolve(x[:, 0], kernel[:, 0], algorithm)
+            # `q` is one more dimension, which has one window.
+            return lax.squeeze(forward.convolve(x, kernel, algorithm), [2])
+        case _:
+            raise AssertionError(algorithm)
+
+
+def _groups_last(x: jax.Array, spec: Sequence[int], grouped: int, groups: int) -> jax.Array:
+    """Transposes to the order of `spec`, and the groups, major in `spec[grouped]`, to the end."""
+    axis = spec[grouped]
+    x = x.reshape(*x.shape[:axis], groups, x.shape[axis] // groups, *x.shape[axis + 1 :])
+    return lax.transpose(x, (*[d + (d >= axis) for d in spec], axis))
