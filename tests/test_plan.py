@@ -1,0 +1,427 @@
+"""The plan, on integers: nothing here is traced, and no array is made."""
+
+import ast
+import dataclasses
+import itertools
+import math
+import pathlib
+
+import pytest
+
+from flax_dwconv import benchmark
+from flax_dwconv._lowering import forward_plan, kernel_gradient_plan, plan, tuning
+from flax_dwconv._lowering.axis import Axis
+from flax_dwconv._lowering.plan import Operand
+
+ROOM = pathlib.Path(plan.__file__).parent
+IMAGE, KERNEL, COTANGENT = (0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2)
+TUNINGS = {
+    "in use": tuning.TUNING,
+    "elsewhere": tuning.ELSEWHERE,
+    "large": dataclasses.replace(
+        tuning.TUNING,
+        efforts=(tuning.Effort(0, region_taps=400, products=350),),
+        all_taps_elements=0,
+        unrolled_bodies_elements=0,
+    ),
+    "small passes": dataclasses.replace(
+        tuning.TUNING,
+        efforts=(tuning.Effort(0, region_taps=0, products=20),),
+        unrolled_taps=5,
+        loop_products=8,
+        row_taps=2,
+        row_products=4,
+        unrolled_bodies=0,
+    ),
+}
+tunings = pytest.mark.parametrize("constants", TUNINGS.values(), ids=list(TUNINGS))
+
+
+def operand(shape, spec, dtype="float32", sharded=()):
+    return Operand(tuple(shape), spec, dtype, tuple(d in sharded for d in range(len(shape))))
+
+
+def same(size, kernel, stride=1):
+    """TensorFlow's rule: outputs, and the pads before and after."""
+    out = -(-size // stride)
+    total = max((out - 1) * stride + kernel - size, 0)
+    return out, (total // 2, total - total // 2)
+
+
+def forward(n=1, size=28, c=32, k=3, stride=1, m=1, tag="ours", **changes):
+    """A depthwise convolution of square images, padded "same"."""
+    out, pads = same(size, k, stride)
+    return dataclasses.replace(
+        plan.Convolution(
+            lhs=operand((n, size, size, c), IMAGE),
+            rhs=operand((k, k, 1, c * m), KERNEL),
+            out=operand((n, out, out, c * m), IMAGE),
+            strides=(stride, stride),
+            padding=(pads, pads),
+            lhs_dilation=(1, 1),
+            rhs_dilation=(1, 1),
+            feature_groups=c,
+            batch_groups=1,
+            tag=tag,
+        ),
+        **changes,
+    )
+
+
+def input_gradient(n=1, size=28, c=32, k=3, stride=1, m=1, **changes):
+    """As JAX's transpose rule makes it: the kernel reversed, the image dilated by the stride."""
+    out, (low, _) = same(size, k, stride)
+    before = k - 1 - low
+    pads = before, size - (out - 1) * stride - 1 + k - 1 - before
+    return dataclasses.replace(
+        forward(n, size, c, k),
+        lhs=operand((n, out, out, c * m), IMAGE),
+        rhs=operand((k, k, c, m), (2, 3, 0, 1)),
+        out=operand((n, size, size, c), IMAGE),
+        padding=(pads, pads),
+        lhs_dilation=(stride, stride),
+        **changes,
+    )
+
+
+def kernel_gradient(n=1, size=28, c=32, k=3, stride=1, m=1, **changes):
+    """As JAX's transpose rule makes it: batch and features exchanged, the cotangent a kernel."""
+    out, (low, _) = same(size, k, stride)
+    pads = low, (out - 1) * stride + k - size - low
+    return dataclasses.replace(
+        forward(n, size, c, k),
+        lhs=operand((n, size, size, c), (3, 0, 1, 2)),
+        rhs=operand((n, out, out, c * m), (3, 0, 1, 2)),
+        out=operand((k, k, 1, c * m), (2, 3, 0, 1)),
+        padding=(pads, pads),
+        rhs_dilation=(stride, stride),
+        feature_groups=1,
+        batch_groups=c,
+        **changes,
+    )
+
+
+def planned(convolution, constants=tuning.TUNING):
+    return plan.plan(convolution, constants)
+
+
+def kinds(found):
+    """The algorithms of all phases."""
+    return [type(phase.algorithm).__name__ for phase in found.algorithm.phases]
+
+
+# Which convolution it is
+
+
+@pytest.mark.parametrize("m", [1, 3])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_kinds(stride, m):
+    sizes = dict(n=2, c=8, stride=stride, m=m)
+    assert planned(forward(**sizes)).kind == "forward"
+    assert planned(kernel_gradient(**sizes)).kind == "kernel gradient"
+    is_forward = stride == m == 1
+    kind = "forward" if is_forward else "input gradient"
+    assert planned(input_gradient(**sizes)).kind == kind
+    pointwise = forward(
+        tag="separable", feature_groups=1, rhs=operand((1, 1, 32, 64), KERNEL),
+        out=operand((1, 28, 28, 64), IMAGE), padding=((0, 0), (0, 0)),
+    )  # fmt: skip
+    found = planned(pointwise)
+    assert found.kind == "product" and found.groups == 1 and not found.algorithm.kernel_first
+    features_first = dataclasses.replace(pointwise, out=operand((1, 64, 28, 28), (0, 1, 2, 3)))
+    assert planned(features_first).algorithm.kernel_first
+
+
+SHAPE = (1, 28, 28, 32)
+XLA = {
+    "tagged to be left to XLA": dict(tag="xla"),
+    "not for CPU, and not asked for there": dict(on_cpu=False),
+    "a size is symbolic": dict(lhs=operand((plan.SYMBOLIC, 28, 28, 32), IMAGE)),
+    "a size is 0": dict(lhs=operand((0, 28, 28, 32), IMAGE)),
+    "no spatial dimensions": dict(
+        lhs=operand((1, 32), (0, 1)), rhs=operand((1, 32), (1, 0)), out=operand((1, 32), (0, 1))
+    ),
+    "its dtypes are int8 and float32 to float32": dict(lhs=operand(SHAPE, IMAGE, "int8")),
+    "its dtypes are float32 and float32 to complex64": dict(out=operand(SHAPE, IMAGE, "complex64")),
+    "explicitly sharded over space, which JAX does not slice": dict(
+        out=operand(SHAPE, IMAGE, sharded=[1])
+    ),
+    "not depthwise: 1 groups of 32 and 32; products were not asked for": dict(
+        rhs=operand((3, 3, 32, 32), KERNEL), feature_groups=1
+    ),
+    "not depthwise: 16 groups of 2 and 2; products were not asked for": dict(
+        rhs=operand((3, 3, 2, 32), KERNEL), feature_groups=16, tag="depthwise"
+    ),
+    "not depthwise: 16 groups of 2 and 2; a window of several positions slides": dict(
+        rhs=operand((3, 3, 2, 32), KERNEL), feature_groups=16, tag="separable"
+    ),
+    "not depthwise: 1 groups of 32 and 32; "
+    "explicitly sharded, and JAX asks how the result is to be": dict(
+        rhs=operand((1, 1, 32, 32), KERNEL, sharded=[2]), padding=((0, 0), (0, 0)),
+        feature_groups=1, tag="separable",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reason", XLA)
+def test_what_is_left_to_xla_and_why(reason):
+    found = planned(forward(**XLA[reason]))
+    assert found.algorithm is None and found.kind is None and found.why == reason
+
+
+@pytest.mark.parametrize(
+    ("tag", "on_cpu", "elsewhere"),
+    [
+        ("ours", True, False),
+        ("depthwise", True, False),
+        ("separable", True, False),
+        ("taps", True, True),
+        ("xla", False, False),
+    ],
+)
+def test_tags_and_platforms(tag, on_cpu, elsewhere):
+    for make in forward, input_gradient, kernel_gradient:
+        for platform, expected in ((True, on_cpu), (False, elsewhere)):
+            found = planned(make(tag=tag, on_cpu=platform))
+            assert (found.algorithm is not None) == expected
+
+
+def test_features_on_both_sides_are_accepted_of_our_own_only():
+    """As `vmap` over one operand makes them."""
+    changes = dict(rhs=operand((3, 3, 2, 32), KERNEL), feature_groups=16)
+    accepted = {tag for tag in ("ours", "depthwise", "separable", "taps")
+                if planned(forward(**changes, tag=tag)).algorithm}  # fmt: skip
+    assert accepted == {"ours", "taps"}
+
+
+def test_one_channel_is_depthwise_if_taps_were_asked_for():
+    for make in forward, input_gradient:
+        assert planned(make(c=1, tag="taps")).algorithm
+        assert not planned(make(c=1, tag="ours")).algorithm
+    gradient = kernel_gradient(c=1, tag="taps")
+    assert planned(gradient).kind == "kernel gradient"
+
+
+def test_float64_is_summed_up_in_float64():
+    wide = [operand(shape, spec, "float64") for shape, spec in
+            ((SHAPE, IMAGE), ((3, 3, 1, 32), KERNEL), (SHAPE, IMAGE))]  # fmt: skip
+    assert planned(forward(lhs=wide[0], rhs=wide[1], out=wide[2])).accumulator == "float64"
+    for dtype in "float16", "bfloat16", "float32":
+        narrow = [dataclasses.replace(a, dtype=dtype) for a in wide]
+        found = planned(forward(lhs=narrow[0], rhs=narrow[1], out=narrow[2]))
+        assert found.accumulator == "float32"
+
+
+def test_a_multiplier_is_copies_of_the_image():
+    few = tuning.TUNING.copied_channels
+    assert [planned(forward(c=c, m=3)).copies for c in (few, few + 1)] == [3, 3]
+    assert [planned(kernel_gradient(c=c, m=3)).copies for c in (few, few + 1)] == [3, 1]
+    assert planned(input_gradient(m=3)).copies == 1  # the multiplier is summed up
+    assert planned(forward()).copies == 1
+
+
+# Which algorithm
+
+
+@pytest.mark.parametrize(
+    ("sizes", "algorithm"),
+    [
+        (dict(size=7, c=8, k=3), "Regions"),
+        (dict(size=112, c=32, k=3), "Regions"),
+        (dict(size=112, c=96, k=3, stride=2), "Regions"),
+        (dict(size=7, c=8, k=7), "Tiles"),
+        (dict(n=32, size=7, c=768, k=7), "Rows"),
+        (dict(size=56, c=96, k=7), "Tiles"),
+        (dict(size=34, c=2, k=31), "Loop"),
+    ],
+)
+def test_forward(sizes, algorithm):
+    found = planned(forward(**sizes))
+    assert kinds(found) == [algorithm]
+    taps, _, most = found.why.partition(" taps in regions, ")
+    assert int(taps) > 0 and most.startswith("at most" if algorithm == "Regions" else "more than")
+
+
+def test_tiles_are_as_wide_as_the_effort_allows():
+    widths = [planned(forward(n, 56, 96, 7)).algorithm.phases[0].algorithm.outputs
+              for n in (1, 8)]  # fmt: skip
+    assert widths == [100 // 49, 350 // 49]
+
+
+def test_phases_of_a_strided_input_gradient():
+    found = planned(input_gradient(size=28, k=3, stride=2))
+    assert found.algorithm.counts == (2, 2) and len(found.algorithm.phases) == 4
+    assert sorted(math.prod(map(len, p.taps)) for p in found.algorithm.phases) == [1, 2, 2, 4]
+    padded = planned(input_gradient(size=28, k=7, stride=2)).algorithm
+    (sizes,) = {tuple(axis.size for axis in phase.axes) for phase in padded.phases}
+    assert padded.crop[1] == sizes, "all phases read the same padded image"
+
+
+def test_a_kernel_larger_than_the_image_is_exchanged():
+    found, _ = forward_plan.choose(1, 1, [Axis(3, 9, 5, 1, 5, 1, 1)], 4, tuning.TUNING)
+    assert found.exchanged and found.axes == (Axis(3, 9, 5, 1, 5, 1, 1).swapped(),)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "passes", "loop"),
+    [
+        (dict(n=8, size=56, c=144, k=3), 1, False),
+        (dict(n=1, size=28, c=32, k=3), 3, False),
+        (dict(n=8, size=56, c=96, k=5), 5, False),
+        (dict(n=1, size=14, c=32, k=5), 5, True),
+        (dict(n=1, size=34, c=2, k=31), 31 * 4, True),
+    ],
+)
+def test_kernel_gradients(sizes, passes, loop):
+    algorithm = planned(kernel_gradient(**sizes)).algorithm
+    assert math.prod(algorithm.grid) == passes and (algorithm.loop is not None) == loop
+    assert len(algorithm.blocks) == (1 if loop else passes)
+
+
+@pytest.mark.parametrize("make", [forward, input_gradient, kernel_gradient])
+def test_elsewhere_it_is_what_one_writes_by_hand(make):
+    """Single outputs of a padded image; the gradient of a tap in one sum over all positions."""
+    for stride, k in itertools.product((1, 2), (1, 3, 7)):
+        found = planned(make(k=k, stride=stride, tag="taps", on_cpu=False), tuning.ELSEWHERE)
+        if make is kernel_gradient:
+            assert found.algorithm.taps == (1, 1) and found.algorithm.loop is None
+            assert all(len(blocks) == 1 for blocks in found.algorithm.blocks)
+            assert all(len(reads) == 1 for ((block),) in found.algorithm.blocks
+                       for reads in block.reads)  # fmt: skip
+        else:
+            for phase in found.algorithm.phases:
+                assert phase.algorithm in (forward_plan.Tiles(1, False), forward_plan.Zeros())
+
+
+def test_the_quick_layers_of_the_benchmark():
+    """A change here is a change of what is compiled for real networks."""
+    found = {}
+    for case in benchmark.cases(quick=True):
+        sizes = case.n, case.h, case.c, case.k, case.stride
+        gradient = planned(kernel_gradient(*sizes)).algorithm
+        found[case.label] = (
+            *sorted(set(kinds(planned(forward(*sizes))))),
+            *sorted(set(kinds(planned(input_gradient(*sizes))))),
+            "all" if math.prod(gradient.taps) == case.k**2 else "rows",
+            "loop" if gradient.loop else "unrolled",
+        )
+    assert found == {
+        "MobileNetV1-1/1": ("Regions", "Regions", "all", "unrolled"),
+        "MobileNetV1-7/1": ("Regions", "Regions", "rows", "unrolled"),
+        "MobileNetV1-9/32": ("Regions", "Regions", "all", "unrolled"),
+        "MobileNetV2-1/1": ("Regions", "Regions", "all", "unrolled"),
+        "MobileNetV2-2/8": ("Regions", "Regions", "all", "unrolled"),
+        "MobileNetV2-8/32": ("Regions", "Regions", "all", "unrolled"),
+        "MobileNetV3-8/1": ("Tiles", "Tiles", "rows", "loop"),
+        "EfficientNet-1/8": ("Regions", "Tiles", "rows", "unrolled"),
+        "EfficientNet-6/1": ("Tiles", "Tiles", "rows", "loop"),
+        "Xception-2/1": ("Regions", "Regions", "all", "unrolled"),
+        "ConvNeXtTiny-1/1": ("Tiles", "Tiles", "rows", "loop"),
+        "ConvNeXtTiny-4/32": ("Rows", "Rows", "rows", "unrolled"),
+    }
+
+
+# What every plan owes
+
+
+def small_axes():
+    """Geometries of two dimensions, of forward convolutions and kernel gradients."""
+    of_one = [
+        Axis(size, kernel, out, stride, low, 1, dilation)
+        for size, kernel, stride, low, dilation in itertools.product(
+            (4, 9), (1, 3, 8), (1, 2), (-1, 0, 2), (1, 3)
+        )
+        if (out := (size + low + 2 - (kernel - 1) * dilation - 1) // stride + 1) > 0
+    ]
+    return [(a, b) for a, b in itertools.product(of_one, of_one[::5])]
+
+
+@tunings
+def test_passes_add_every_tap_once(constants):
+    for k in itertools.product((1, 3, 9, 31), (5, 11, 71)):
+        axes = [Axis(2 * size, size, size + 1, 1, 0, 1, 1) for size in k]
+        found, _ = forward_plan.choose(1, 1, axes, 4, constants)
+        for phase in found.phases:
+            if not isinstance(phase.algorithm, forward_plan.Loop):
+                continue
+            added = [
+                tuple(p * n + i for p, n, i in zip(at, each.taps, inner, strict=True))
+                for each in phase.algorithm.passes
+                for at in itertools.product(*map(range, each.grid))
+                for inner in itertools.product(*map(range, each.taps))
+            ]
+            starts = [
+                each.start
+                for each in phase.algorithm.passes
+                for _ in range(math.prod(each.grid) * math.prod(each.taps))
+            ]
+            added = [(*tap[:-1], tap[-1] + s) for tap, s in zip(added, starts, strict=True)]
+            assert sorted(added) == sorted(itertools.product(*map(range, k)))
+
+
+@tunings
+def test_blocks_sum_up_every_position_once(constants):
+    """Each position of the cotangent that reads inside the image, for each tap, and no other."""
+    for axes in small_axes():
+        if not kernel_gradient_plan.suits(axes):
+            continue
+        found, _ = kernel_gradient_plan.choose(2, axes, 4, constants)
+        assert not found.exchanged
+        *_, last = axes
+        low = [-axis.low for axis in axes]
+        sizes = [axis.size for axis in axes]
+        moved = [0, 0]
+        if found.crop is not None:
+            moved, sizes = found.crop
+        terms = []
+        for i, at in enumerate(itertools.product(*map(range, found.grid))):
+            base, blocks = moved, found.blocks[0]
+            if found.loop is None:
+                blocks = found.blocks[i]
+            else:
+                base = [
+                    m + f + a * gap for m, f, a, gap in
+                    zip(moved, found.loop.first, at, found.loop.apart, strict=True)
+                ]  # fmt: skip
+            for block in blocks:
+                steps = [len(reads) for reads in block.reads]
+                for index, position in itertools.product(
+                    itertools.product(*map(range, block.counts)), itertools.product(*block.reads)
+                ):
+                    for tap in itertools.product(*map(range, found.taps)):
+                        if all(a in reads for a, (_, reads) in zip(tap, position, strict=True)):
+                            p = [q + j * s for (q, _), j, s in
+                                 zip(position, index, steps, strict=True)]  # fmt: skip
+                            t = [reads[a] + j * gap + b for a, (_, reads), j, gap, b in
+                                 zip(tap, position, index, block.apart, base, strict=True)]  # fmt: skip
+                            tap_ = [g * n + a for g, n, a in
+                                    zip(at, found.taps, tap, strict=True)]  # fmt: skip
+                            terms.append((tuple(tap_), tuple(p), tuple(t)))
+        expected = [
+            (tap, p, t)
+            for tap in itertools.product(*[range(axis.out) for axis in axes])
+            for p in itertools.product(*[range(axis.kernel) for axis in axes])
+            for t in [tuple(f + a * axis.stride + q * axis.rhs_dilation
+                            for f, a, q, axis in zip(low, tap, p, axes, strict=True))]
+            if all(0 <= s < axis.size for s, axis in zip(t, axes, strict=True))
+        ]  # fmt: skip
+        # What is padded is read as well, and is zero; so are taps beyond the last.
+        inside = [
+            term for term in terms
+            if all(0 <= s < axis.size for s, axis in zip(term[2], axes, strict=True))
+            and term[0][-1] < last.out
+        ]  # fmt: skip
+        assert sorted(inside) == sorted(expected)
+
+
+def test_a_plan_traces_nothing():
+    """The rooms of the plan import neither JAX nor a room that does."""
+    for name in "axis", "tuning", "forward_plan", "kernel_gradient_plan", "plan":
+        tree = ast.parse((ROOM / f"{name}.py").read_text(encoding="utf-8"))
+        names = {
+            alias.name if isinstance(node, ast.Import) else f"{node.module}"
+            for node in ast.walk(tree)
+            if isinstance(node, (ast.Import, ast.ImportFrom))
+            for alias in node.names
+        }
+        assert not [n for n in names if n.split(".")[0] in ("jax", "numpy", "flax")]
