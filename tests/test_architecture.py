@@ -15,8 +15,8 @@ PACKAGE = pathlib.Path(flax_dwconv.__file__).parent
 VOCABULARIES = {"initializers", "activations", "regularizers", "constraints"}
 
 # Module -> the modules of the package that it imports, and the frameworks besides jax and numpy
-# that it may import at module level. A folder is a module too: its `__init__.py`. A line further down may import those above it, never the other
-# way round.
+# that it may import at module level. A folder is a module too: its `__init__.py`. A line further
+# down may import those above it, never the other way round.
 ALLOWED = {
     "_geometry": set(),
     "_lowering.axis": set(),

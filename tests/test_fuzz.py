@@ -269,8 +269,16 @@ ALGORITHMS = {
         "row_taps": 2,
         "row_products": 1,
     },
-    "loops over rows": {"efforts": (tuning.Effort(0, 0, 1),), "unrolled_taps": 5, "loop_products": 32},
-    "short sums": {"efforts": (tuning.Effort(0, 8, 20),), "unrolled_bodies": 0, "all_taps_positions": 4},
+    "loops over rows": {
+        "efforts": (tuning.Effort(0, 0, 1),),
+        "unrolled_taps": 5,
+        "loop_products": 32,
+    },
+    "short sums": {
+        "efforts": (tuning.Effort(0, 8, 20),),
+        "unrolled_bodies": 0,
+        "all_taps_positions": 4,
+    },
 }
 # Every sum of products is exact: below 2 / eps.
 LIMITS = {"float32": 3, "bfloat16": 1, "float16": 2, "float64": 9}

@@ -579,9 +579,32 @@ def test_accelerate_refuses_what_runs_after_the_scope():
     def generator():
         yield
 
-    for f in coroutine, generator:
-        with pytest.raises(TypeError, match="`f` must not be a generator function or a coroutine"):
-            flax_dwconv.accelerate(f)
+    async def async_generator():
+        yield
+
+    for f in coroutine, generator, async_generator:
+        later = type("Later", (), {"__call__": f})
+        bound = type("Bound", (), {"call": f})().call
+
+        @functools.wraps(f)
+        def wrapped(f=f):
+            return f()
+
+        for g in (f, functools.partial(f), functools.partial(functools.partial(f)), later(),
+                  functools.partial(later()), bound, wrapped):  # fmt: skip
+            with pytest.raises(TypeError, match="`f` must not be a generator function or a corou"):
+                flax_dwconv.accelerate(g)
+
+
+def test_accelerate_refuses_a_module_that_is_not_bound():
+    """It cannot be called: a linen module runs through `apply`."""
+    x = jnp.ones((1, 6, 6, 2))
+    model = flax_dwconv.DepthwiseConv2D(3)
+    with pytest.raises(TypeError, match=re.escape("pass `model.apply`")):
+        flax_dwconv.accelerate(model)
+    variables = model.init(jax.random.key(0), x)
+    for f in (model.bind(variables), functools.partial(model.apply, variables)):
+        assert flax_dwconv.accelerate(f)(x).shape == (1, 4, 4, 2)
 
 
 def test_calling_again_traces_once():

@@ -359,6 +359,32 @@ def test_passes_add_every_tap_once(constants):
             assert sorted(added) == sorted(itertools.product(*map(range, k)))
 
 
+def summed_up(block, at, taps, base):
+    """(tap, position of the cotangent, position of the image) of each product of a block.
+
+    Args:
+      block: the block.
+      at: the pass's place in the grid.
+      taps: how many taps of each dimension a pass has.
+      base: the position of the image from which the block counts.
+    """
+    steps = [len(reads) for reads in block.reads]
+    for index in itertools.product(*map(range, block.counts)):
+        for position in itertools.product(*block.reads):
+            for tap in itertools.product(*map(range, taps)):
+                dims = [*zip(tap, position, index, strict=True)]
+                if all(a in reads for a, (_, reads), _ in dims):
+                    yield (
+                        tuple(g * n + a for g, n, a in zip(at, taps, tap, strict=True)),
+                        tuple(p + j * s for (_, (p, _), j), s in zip(dims, steps, strict=True)),
+                        tuple(
+                            reads[a] + j * apart + b
+                            for (a, (_, reads), j), apart, b in
+                            zip(dims, block.apart, base, strict=True)
+                        ),
+                    )  # fmt: skip
+
+
 @tunings
 def test_blocks_sum_up_every_position_once(constants):
     """Each position of the cotangent that reads inside the image, for each tap, and no other."""
@@ -375,28 +401,12 @@ def test_blocks_sum_up_every_position_once(constants):
             moved, sizes = found.crop
         terms = []
         for i, at in enumerate(itertools.product(*map(range, found.grid))):
-            base, blocks = moved, found.blocks[0]
-            if found.loop is None:
-                blocks = found.blocks[i]
-            else:
-                base = [
-                    m + f + a * gap for m, f, a, gap in
-                    zip(moved, found.loop.first, at, found.loop.apart, strict=True)
-                ]  # fmt: skip
+            base, blocks = moved, found.blocks[0 if found.loop else i]
+            if found.loop is not None:
+                shifts = zip(moved, found.loop.first, at, found.loop.apart, strict=True)
+                base = [m + first + a * apart for m, first, a, apart in shifts]
             for block in blocks:
-                steps = [len(reads) for reads in block.reads]
-                for index, position in itertools.product(
-                    itertools.product(*map(range, block.counts)), itertools.product(*block.reads)
-                ):
-                    for tap in itertools.product(*map(range, found.taps)):
-                        if all(a in reads for a, (_, reads) in zip(tap, position, strict=True)):
-                            p = [q + j * s for (q, _), j, s in
-                                 zip(position, index, steps, strict=True)]  # fmt: skip
-                            t = [reads[a] + j * gap + b for a, (_, reads), j, gap, b in
-                                 zip(tap, position, index, block.apart, base, strict=True)]  # fmt: skip
-                            tap_ = [g * n + a for g, n, a in
-                                    zip(at, found.taps, tap, strict=True)]  # fmt: skip
-                            terms.append((tuple(tap_), tuple(p), tuple(t)))
+                terms += summed_up(block, at, found.taps, base)
         expected = [
             (tap, p, t)
             for tap in itertools.product(*[range(axis.out) for axis in axes])

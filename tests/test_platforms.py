@@ -1,7 +1,8 @@
 """CPU, GPU and TPU without a device: what each is given, that it compiles, one artifact for all.
 
-GPU and TPU keep XLA's own convolution. Compilation for them needs their compiler but no device, and
-runs in a process of its own, as the compilers read the environment when they are loaded.
+GPU and TPU keep XLA's own convolution, but for `method="taps"`. Compilation for them needs their
+compiler but no device, and runs in a process of its own, as the compilers read the environment when
+they are loaded.
 """
 
 import functools
@@ -19,7 +20,7 @@ import oracle
 import pytest
 from jax.experimental import topologies
 
-from flax_dwconv import DepthwiseConv2D, depthwise_conv2d, total_loss
+from flax_dwconv import DepthwiseConv2D, accelerate, depthwise_conv2d, total_loss
 
 PLATFORMS = ["cpu", "cuda", "tpu"]
 # kernel size, multiplier, arguments; images are 9 x 8 with 3 channels
@@ -29,15 +30,17 @@ CASES = {
     "dilated": (3, 1, dict(padding=2, dilation_rate=2)),
     "7x7": (7, 1, dict(padding="same")),
 }
+LARGE = {"9x10": ((9, 10), 1, dict(padding="same"))}  # more than 64 taps are a loop
 
 
 def operands(case, batch=2, h=9, w=8, c=3):
-    k, m, _ = CASES[case]
-    return oracle.integers(0, batch, h, w, c), oracle.integers(1, k, k, c, m)
+    k, m, _ = (CASES | LARGE)[case]
+    kh, kw = k if isinstance(k, tuple) else (k, k)
+    return oracle.integers(0, batch, h, w, c), oracle.integers(1, kh, kw, c, m)
 
 
 def forward(case, method="auto"):
-    return functools.partial(depthwise_conv2d, method=method, **CASES[case][2])
+    return functools.partial(depthwise_conv2d, method=method, **(CASES | LARGE)[case][2])
 
 
 def gradients(case, method="auto"):
@@ -67,6 +70,65 @@ def test_gpu_and_tpu_are_given_one_convolution(case, platform):
         assert text.replace("{}", "").split() == (
             lowered(make(case, "lax"), platform, *operands(case)).replace("{}", "").split()
         )
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])
+@pytest.mark.parametrize("case", [*CASES, *LARGE])
+def test_taps_everywhere_if_asked_for(case, platform):
+    """Forward and gradients, whose program for that platform gives the right bits on this one."""
+    run = jax.export.export(
+        jax.jit(lambda x, k: (forward(case, "taps")(x, k), gradients(case, "taps")(x, k))),
+        platforms=[platform],
+        disabled_checks=[jax.export.DisabledSafetyCheck.platform()],
+    )(*operands(case))
+    assert "stablehlo.convolution" not in run.mlir_module()
+    expected = forward(case, "lax")(*operands(case)), gradients(case, "lax")(*operands(case))
+    jax.tree.map(np.testing.assert_array_equal, run.call(*operands(case)), expected)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "rocm", "tpu"])
+def test_taps_elsewhere_hold_nothing_that_is_meant_for_xla_on_cpu(platform):
+    tricks = ("inlineable", "reduce_precision", "stablehlo.sort", "stablehlo.maximum")
+    for make in forward, gradients:
+        here = lowered(make("7x7", "taps"), "cpu", *operands("7x7"))
+        there = lowered(make("7x7", "taps"), platform, *operands("7x7"))
+        assert all(trick in here for trick in tricks[:2])
+        assert not any(trick in there for trick in tricks)
+
+
+def test_taps_of_one_channel_and_of_any_derivative(platform="tpu"):
+    """With one channel, a convolution has no groups that would tell what it is."""
+    args = operands("3x3", c=1)
+
+    def step(x, k):
+        y, vjp = jax.vjp(forward("3x3", "taps"), x, k)
+        hvp = jax.jvp(gradients("3x3", "taps"), (x, k), (x, k))
+        return vjp(y), hvp, jax.vmap(forward("3x3", "taps"), (None, 0))(x, k[None])
+
+    assert "stablehlo.convolution" not in lowered(step, platform, *args)
+    assert "stablehlo.convolution" in lowered(forward("3x3", "auto"), "cpu", *args)
+
+
+def test_accelerate_and_taps_do_not_mix():
+    """Inside `accelerate` each method stays what it is."""
+    for platform, method, taps in [
+        ("cpu", "auto", True), ("cpu", "lax", False), ("tpu", "auto", False),
+        ("tpu", "lax", False), ("tpu", "taps", True),
+    ]:  # fmt: skip
+        text = lowered(accelerate(gradients("3x3", method)), platform, *operands("3x3"))
+        assert ("stablehlo.convolution" not in text) == taps
+
+
+def test_as_many_branches_as_without_this_package():
+    """One for each platform with a rule of its own and one for the others, in every method."""
+
+    def branches(method):
+        exported = jax.export.export(
+            jax.jit(forward("3x3", method)), platforms=["cpu", "cuda", "rocm", "tpu"]
+        )
+        return re.findall(r"stablehlo.case|^ *}, {", exported(*operands("3x3")).mlir_module(), re.M)
+
+    assert len(branches("taps")) == len(branches("auto")) == len(branches("lax")) > 0
 
 
 # Compilation

@@ -28,9 +28,8 @@ import pytest
 from jax import lax
 
 import flax_dwconv
-from flax_dwconv import _lowering, depthwise_conv2d
-from flax_dwconv._lowering import program, rule
-from flax_dwconv.benchmark.cases import layers
+from flax_dwconv import _lowering, benchmark, depthwise_conv2d
+from flax_dwconv._lowering import forward, plan, program, rule
 
 ROOT = pathlib.Path(flax_dwconv.__file__).parents[1]
 
@@ -369,7 +368,8 @@ def hide(cls, name):
     found = cls.__getattribute__
 
     def get(self, attribute):
-        if attribute == name and sys._getframe(1).f_globals["__name__"] == "flax_dwconv._lowering.rule":
+        caller = sys._getframe(1).f_globals["__name__"]
+        if attribute == name and caller == "flax_dwconv._lowering.rule":
             raise AttributeError(name)
         return found(self, attribute)
 
@@ -444,6 +444,75 @@ def test_without_it_one_warning_and_the_same_numbers(name, gone):
 
 def test_with_all_of_them_no_warning(gone):
     assert gone[None] == [False, None, []]
+
+
+RENAMED = """
+import json, sys, warnings
+import jax, jax.numpy as jnp
+from jax.interpreters import mlir
+
+primitive = jax.lax.conv_general_dilated_p
+theirs = mlir._platform_specific_lowerings["cpu"][primitive].rule
+renamed = None
+
+def of_another_jax(ctx, lhs, rhs, **params):
+    if renamed is not None:
+        params[renamed] = params.pop("another_name")
+    return theirs(ctx, lhs, rhs, **params)
+
+mlir.register_lowering(primitive, of_another_jax, platform="cpu")
+import flax_dwconv
+ours = mlir._platform_specific_lowerings["cpu"][primitive].rule
+
+def renames(ctx, lhs, rhs, **params):
+    if renamed is not None:
+        params["another_name"] = params.pop(renamed)
+    return ours(ctx, lhs, rhs, **params)
+
+mlir.register_lowering(primitive, renames, platform="cpu")
+
+def lowered(method):
+    jax.clear_caches()
+    f = jax.jit(lambda x, k: flax_dwconv.depthwise_conv2d(x, k, method=method))
+    return f.lower(jnp.ones((1, 8, 8, 3)), jnp.ones((3, 3, 3, 1))).as_text()
+
+for renamed in [None, *sys.argv[1:]]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        xla = lowered("lax")
+        without_tag = len(caught)
+        taps = ["stablehlo.convolution" not in lowered("auto") for _ in range(2)]
+    messages = [str(w.message) for w in caught]
+    print(json.dumps([renamed, "stablehlo.convolution" in xla, without_tag, taps, messages]))
+"""
+
+
+def test_a_renamed_parameter_is_one_warning_and_the_same_program():
+    """And none for a convolution that is not ours to compile."""
+    names = sorted(set(re.findall(r'params\["(\w+)"\]', SOURCE)))
+    assert {"padding", "window_strides", "dimension_numbers", "precision"} <= set(names)
+    (_, xla, warned, taps, messages), *others = map(json.loads, fresh(RENAMED, *names).splitlines())
+    assert (xla, warned, taps, messages) == (True, 0, [True, True], [])
+    assert [name for name, *_ in others] == names
+    for name, xla, warned, taps, messages in others:
+        assert xla and not warned and taps == [False, False]
+        (message,) = messages
+        assert "cannot hook into this JAX" in message and f"KeyError('{name}')" in message
+
+
+@pytest.mark.parametrize("error", [AttributeError, KeyError, TypeError, ValueError])
+@pytest.mark.parametrize("place", [(plan, "plan"), (forward, "convolve")], ids=str)
+def test_a_bug_of_ours_is_not_jaxs(place, error, monkeypatch):
+    """It is raised, without a warning that blames JAX, which would be an error here."""
+
+    def buggy(*args):
+        raise error("a bug of ours")
+
+    monkeypatch.setattr(*place, buggy)
+    program.cached.cache_clear()
+    x, kernel = operands(size=9)
+    with pytest.raises(error, match="a bug of ours"):
+        flax_dwconv.accelerate(jax.jit(lambda x, kernel: plain(x, kernel))).lower(x, kernel)
 
 
 # The public surface

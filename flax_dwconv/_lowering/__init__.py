@@ -66,24 +66,32 @@ def _check_function(f: Any) -> None:
     """Raises a TypeError if `f` is not a function whose call does what it is called for."""
     if not callable(f):
         raise TypeError(f"`f` must be a function or None, got {type(f).__name__}.")
-    if inspect.isclass(f):
+    g = _innermost(f)
+    if inspect.isclass(g):
         return
-    # A linen module before it is bound; this package's core does not import Flax for it.
-    if callable(getattr(f, "apply", None)) and getattr(f, "scope", f) is None:
+    # A linen module before it is bound. What it looks like tells it, without an import of Flax.
+    if callable(getattr(g, "apply", None)) and getattr(g, "scope", g) is None:
         raise TypeError(
-            f"`f` must be a function, got {type(f).__name__}, a module that is not bound to its "
+            f"`f` must be a function, got {type(g).__name__}, a module that is not bound to its "
             "variables: pass `model.apply`."
         )
-    # What these return runs after the scope, and others would run inside of it.
-    for g in map(inspect.unwrap, (f, f.__call__)):
-        while isinstance(g, functools.partial):
-            g = inspect.unwrap(g.func)
-        kinds = inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction
-        if any(kind(g) for kind in kinds):
-            raise TypeError(
-                "`f` must not be a generator function or a coroutine function, nor an async "
-                "generator function."
-            )
+    if not inspect.isroutine(g):
+        g = _innermost(g.__call__)
+    # What these return runs after the scope, and what runs meanwhile would be inside of it.
+    kinds = inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction
+    if any(kind(g) for kind in kinds):
+        raise TypeError(
+            "`f` must not be a generator function or a coroutine function, nor an async generator "
+            "function."
+        )
+
+
+def _innermost(f: Any) -> Any:
+    """Returns what decorators and `functools.partial` wrap."""
+    f = inspect.unwrap(f)
+    while isinstance(f, functools.partial):
+        f = inspect.unwrap(f.func)
+    return f
 
 
 def method_scope(method: Method) -> contextlib.AbstractContextManager:
