@@ -236,7 +236,8 @@ def _loop(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis], loop: plan.Loop
         part = lax.slice_in_dim(kernel, columns.start, columns.stop, axis=len(axes) - 1)
 
         def step(i: jax.Array, outputs: list[jax.Array]) -> list[jax.Array]:
-            corner = windows.unravel(workarounds.parallel(i), columns.grid)
+            i = workarounds.parallel(i) if loop.parallel else i
+            corner = windows.unravel(i, columns.grid)
             at = [j * n for j, n in zip(corner, columns.taps, strict=True)]
             taps = lax.dynamic_slice(part, (*at, 0), (*columns.taps, x.shape[-1]))
             at[-1] += columns.start

@@ -64,11 +64,13 @@ class Loop:
       outputs: neighbouring outputs of a tile.
       row_by_row: how they are summed up, see `sums.together`.
       passes: the loops.
+      parallel: as `parallel_loops` in `Tuning`.
     """
 
     outputs: int
     row_by_row: bool
     passes: tuple["Pass", ...]
+    parallel: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +232,9 @@ def _padded(axes: Sequence[Axis], products: int, tuning: Tuning) -> Zeros | Rows
         return Zeros()
     if taps > tuning.unrolled_taps:
         outputs = tuning.loop_outputs
-        return Loop(outputs, outputs >= tuning.outputs_row_by_row, _passes(sizes, outputs, tuning))
+        passes = _passes(sizes, outputs, tuning)
+        row_by_row = outputs >= tuning.outputs_row_by_row
+        return Loop(outputs, row_by_row, passes, tuning.parallel_loops)
     if products > 1 and axes[-1].out <= tuning.row_outputs:
         exchanged = tuple(axis.size <= axis.kernel and axis.rhs_dilation == 1 for axis in axes[:-1])
         return Rows(exchanged, axes[-1].out >= tuning.outputs_row_by_row)

@@ -47,7 +47,8 @@ def _passes(x: jax.Array, g: jax.Array, gradient: plan.KernelGradient) -> jax.Ar
         x = windows.crop(x, loop.first, loop.reach)
 
         def step(i: jax.Array) -> jax.Array:
-            corner = windows.unravel(workarounds.parallel(i), gradient.grid)
+            i = workarounds.parallel(i) if loop.parallel else i
+            corner = windows.unravel(i, gradient.grid)
             start = [a * gap for a, gap in zip(corner, loop.apart, strict=True)]
             return _taps(windows.moving_window(x, start), g, blocks, gradient)
 

@@ -33,11 +33,13 @@ class Loop:
       first: the first position of the image along each dimension that the first pass reads.
       reach: how many positions all passes read, pads included.
       apart: the distance of one pass to the next, in positions of the image.
+      parallel: as `parallel_loops` in `Tuning`.
     """
 
     first: tuple[int, ...]
     reach: tuple[int, ...]
     apart: tuple[int, ...]
+    parallel: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +153,7 @@ def choose(
         positions = tuning.all_taps_positions
     inner = [dataclasses.replace(axis, size=e) for axis, e in zip(axes, extent, strict=True)]
     blocks = _blocks(inner, [*[0 for _ in outer], left], taps, positions, tuning)
-    loop = Loop(tuple(first), tuple(reach), tuple(apart))
+    loop = Loop(tuple(first), tuple(reach), tuple(apart), tuning.parallel_loops)
     return result([blocks], loop), f"{why}; {passes} passes in a loop"
 
 

@@ -82,6 +82,8 @@ class Tuning:
       unrolled_bodies_large: the same for a large image, and in units of `row_products` the most
         products of passes that are compiled one by one there.
       unrolled_bodies_elements: the fewest elements of a large image in that sense.
+      parallel_loops: whether the passes of a loop need `workarounds.parallel`, which is for
+        XLA:CPU.
     """
 
     efforts: tuple[Effort, ...] = (
@@ -106,6 +108,7 @@ class Tuning:
     unrolled_bodies: int = 3
     unrolled_bodies_large: int = 5
     unrolled_bodies_elements: int = 1 << 19
+    parallel_loops: bool = True
 
 
 # What is in use. Tests replace it: it is part of the key of the cache of programs.
@@ -121,4 +124,5 @@ ELSEWHERE = Tuning(
     row_taps=1,
     row_products=1,
     unrolled_bodies=64,
+    parallel_loops=False,
 )

@@ -78,7 +78,8 @@ def one_loop(outputs: Sequence[jax.Array]) -> list[jax.Array]:
     loop over the copies, and drops that loop, so that the loop around it, over channels,
     vectorises.
 
-    Test: `test_several_outputs_are_one_loop`.
+    Tests: `test_several_outputs_are_one_loop` and
+    `test_one_loop_is_vectorised_and_the_copies_are_gone`.
     """
     copies = tuple(lax.broadcast(y, (2,)) for y in outputs)
     least = tuple(jnp.full((), -jnp.inf, y.dtype) for y in outputs)
