@@ -7,9 +7,10 @@ and which algorithm serves it: a sum over taps, in `forward` and `kernel_gradien
 product, in `product`. `program` makes a function of that. Every other convolution is handed to the
 rule that was registered before.
 
-The rooms, from the bottom up: `axis`, `tuning`, `plan` (integers only); `rule`, `workarounds`
-(what is JAX's, XLA's and LLVM's); `windows`, `sums`; `forward`, `kernel_gradient`, `product`;
-`program`.
+The rooms, from the bottom up: on integers only, `axis`, `tuning`, `forward_plan`,
+`kernel_gradient_plan` and `plan`; what is JAX's, XLA's and LLVM's, `rule` and `workarounds`; what
+the algorithms share, `windows` and `sums`; the algorithms `forward`, `kernel_gradient` and
+`product`; `program`.
 """
 
 import contextlib

@@ -111,15 +111,7 @@ def choose(
         axes = [*outer, last]
     elements = examples * math.prod(axis.size for axis in axes) * channels
 
-    taps = [axis.out for axis in axes]
-    all_inside = all(axis.edge_taps <= axis.out for axis in axes)
-    positions = tuning.all_taps_positions
-    why = "all taps in one pass"
-    if math.prod(taps) > tuning.all_taps or elements < tuning.all_taps_elements or not all_inside:
-        pieces = -(-last.out // tuning.row_taps)
-        taps = [*[1 for _ in outer], -(-last.out // pieces)]
-        positions = tuning.row_products // taps[-1]
-        why = "a row of taps, or a piece of one, in one pass"
+    taps, positions, why = _share(axes, elements, tuning)
     grid = [-(-axis.out // n) for axis, n in zip(axes, taps, strict=True)]
     apart = [n * axis.stride for axis, n in zip(axes, taps, strict=True)]
     first = [-axis.low for axis in axes]
@@ -142,7 +134,7 @@ def choose(
         starts = [range(f, n * gap + f, gap) for f, n, gap in zip(first, grid, apart, strict=True)]
         corners = itertools.product(*starts)
         blocks = [_blocks(axes, at, taps, positions, tuning) for at in corners]
-        return result(blocks, None), f"{why}; {passes} passes one by one"
+        return result(blocks, None), f"{why}; passes one by one: {passes}"
     extent = [dataclasses.replace(axis, out=n).reach for axis, n in zip(axes, taps, strict=True)]
     reach = [(n - 1) * gap + e for n, gap, e in zip(grid, apart, extent, strict=True)]
     left = 0
@@ -154,7 +146,26 @@ def choose(
     inner = [dataclasses.replace(axis, size=e) for axis, e in zip(axes, extent, strict=True)]
     blocks = _blocks(inner, [*[0 for _ in outer], left], taps, positions, tuning)
     loop = Loop(tuple(first), tuple(reach), tuple(apart), tuning.parallel_loops)
-    return result([blocks], loop), f"{why}; {passes} passes in a loop"
+    return result([blocks], loop), f"{why}; passes in a loop: {passes}"
+
+
+def _share(axes: Sequence[Axis], elements: int, tuning: Tuning) -> tuple[list[int], int, str]:
+    """Returns how many taps of each dimension one pass has, and of how many positions; and why.
+
+    Args:
+      axes: the geometry.
+      elements: of the image.
+      tuning: the constants.
+    """
+    taps = [axis.out for axis in axes]
+    few_outside = all(axis.edge_taps <= axis.out for axis in axes)
+    large = elements >= tuning.all_taps_elements
+    if math.prod(taps) <= tuning.all_taps and large and few_outside:
+        return taps, tuning.all_taps_positions, "all taps in one pass"
+    *outer, last = taps
+    pieces = -(-last // tuning.row_taps)
+    taps = [*[1 for _ in outer], -(-last // pieces)]
+    return taps, tuning.row_products // taps[-1], "a row of taps, or a piece of one, in one pass"
 
 
 def _is_unrolled(passes: int, products: int, elements: int, tuning: Tuning) -> bool:

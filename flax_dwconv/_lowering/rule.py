@@ -65,7 +65,9 @@ def register(find: Find) -> None:
         primitive, lower_fun = lax.conv_general_dilated_p, mlir.lower_fun
         specific, default = mlir._platform_specific_lowerings, mlir._lowerings
         entries: dict[str | None, Any] = {
-            platform: rules[primitive] for platform, rules in specific.items() if primitive in rules
+            platform: rules[primitive]
+            for platform, rules in dict(specific).items()
+            if primitive in rules
         }
         if primitive in default:
             entries[None] = default[primitive]  # for every other platform
@@ -86,17 +88,16 @@ def _rule(
     """Returns a rule that lowers what `find` replaces, and hands the rest to the earlier rule."""
 
     def rule(ctx: Any, lhs: Any, rhs: Any, **params: Any) -> Any:
-        convolution, precision = None, None
         try:
-            if (tag := (ctx.jaxpr_eqn_ctx.xla_metadata or {}).get(_KEY, "xla")) != "xla":
-                convolution = _read(ctx, params, tag, on_cpu)
-                precision = params["precision"]
+            found = _read(ctx, params, on_cpu)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             _warn(repr(error))
-            convolution = None
-        # What `find` raises is a bug of ours.
-        compute = find(convolution, precision) if convolution is not None else None
-        if convolution is None or compute is None:
+            found = None
+        if found is None:
+            return earlier(ctx, lhs, rhs, **params)
+        convolution, precision = found
+        compute = find(convolution, precision)  # what it raises is a bug of ours, not JAX's
+        if compute is None:
             return earlier(ctx, lhs, rhs, **params)
         # As it was traced: where x64 is off by now, float64 would become float32.
         wide = any(operand.dtype == "float64" for operand in convolution.operands)
@@ -106,11 +107,17 @@ def _rule(
     return rule
 
 
-def _read(ctx: Any, params: Mapping[str, Any], tag: plan.Tag, on_cpu: bool) -> plan.Convolution:
-    """Returns the convolution of an equation; raises anything where JAX has changed its form."""
+def _read(ctx: Any, params: Mapping[str, Any], on_cpu: bool) -> tuple[plan.Convolution, Any] | None:
+    """Returns the convolution of an equation that is tagged for us and its precision, or None.
+
+    Where JAX has given something another name or form, it raises what that raises.
+    """
+    tag = (ctx.jaxpr_eqn_ctx.xla_metadata or {}).get(_KEY, "xla")
+    if tag == "xla":
+        return None
     (lhs, rhs), (out,) = ctx.avals_in, ctx.avals_out
     lhs, rhs, out = map(_operand, (lhs, rhs, out), params["dimension_numbers"])
-    return plan.Convolution(
+    convolution = plan.Convolution(
         lhs=lhs,
         rhs=rhs,
         out=out,
@@ -123,6 +130,7 @@ def _read(ctx: Any, params: Mapping[str, Any], tag: plan.Tag, on_cpu: bool) -> p
         tag=tag,
         on_cpu=on_cpu,
     )
+    return convolution, params["precision"]
 
 
 def _operand(aval: Any, spec: Sequence[int]) -> plan.Operand:

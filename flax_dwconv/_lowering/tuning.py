@@ -5,8 +5,9 @@ a constant again, change its default here and compare two runs of
 
     python -m flax_dwconv.benchmark --layers PATTERN
 
-for a pattern of layers that it decides about, which its description names. `plan.plan` says, on
-integers alone, which algorithm a layer gets.
+for a pattern of layers that it decides about. The descriptions name one, where the benchmark has
+such layers: it has neither multipliers nor kernels above 7x7. `plan.plan` says, on integers alone,
+which algorithm a layer gets.
 """
 
 import dataclasses
@@ -58,9 +59,9 @@ class Tuning:
       loop_outputs: neighbouring outputs that a loop over a kernel computes together.
       loop_products: the most products in one pass of such a loop. Compile time grows with them.
       outputs_row_by_row: from as many outputs on, outputs that are computed together are summed up
-        row by row of the kernel, each row of all outputs before the next. Fewer outputs than this
-        wait for their own additions unless each row is summed up by itself: two outputs of a 7x7
-        kernel take 0.8 of the time. Layers: 'ConvNeXtTiny-*'.
+        row by row of the kernel: a row of all outputs, then the next row. With fewer outputs, each
+        addition would wait for the one before, so each output is a tree of rows of its own: two
+        outputs of a 7x7 kernel take 0.8 of the time. Layers: 'ConvNeXtTiny-*'.
       copied_channels: a kernel gradient with a multiplier is computed on one copy of the image for
         each filter of a channel if there are at most as many channels. A forward convolution always
         is: copies are in the order of the result. Forward, copies take 0.2 to 0.8 of the time that
@@ -69,10 +70,11 @@ class Tuning:
         long.
       all_taps: the most taps of a kernel whose gradients are all computed in one pass of the inner
         loop, which reads image and cotangent once: on 8 images of 56x56x144, the gradient of a 3x3
-        kernel takes 0.65 of the time.
+        kernel takes 0.65 of the time. Layers: 'MobileNetV2-*'.
       all_taps_elements: the fewest elements of the image for which that is done.
       all_taps_positions: neighbouring positions of the cotangent that such a pass sums up.
       row_taps: the most taps of a row of the kernel whose gradients one pass computes otherwise.
+        Layers for these and the next: 'MobileNetV3-*,ConvNeXtTiny-*'.
       row_products: about how many products such a pass has: taps times positions of the cotangent.
         Compile time grows with them.
       positions_together: the sums of all taps grow together, by so many positions of the cotangent
