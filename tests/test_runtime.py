@@ -234,6 +234,27 @@ def test_import_changes_nothing_of_other_models(form, programs):
     assert with_import == without
 
 
+def test_import_adds_no_rule():
+    """A program for several platforms has a branch for each that has a rule of its own."""
+    script = """
+        from jax import lax
+        from jax.interpreters import mlir
+
+        def rules():
+            found = mlir._platform_specific_lowerings
+            found = {p: of[lax.conv_general_dilated_p].rule for p, of in dict(found).items()
+                     if lax.conv_general_dilated_p in of}
+            return sorted(found), [[a is b for a in found.values()] for b in found.values()]
+
+        before = rules()
+        default = mlir._lowerings[lax.conv_general_dilated_p]
+        import flax_dwconv
+        assert mlir._lowerings[lax.conv_general_dilated_p] is not default
+        print(before == rules(), len(before[0]) > 1)
+        """
+    assert fresh(script) == "True True\n"
+
+
 def test_import_starts_no_backend():
     """The number of devices can be set until a backend starts, and never after."""
     script = """
@@ -501,7 +522,9 @@ def test_a_renamed_parameter_is_one_warning_and_the_same_program():
 
 
 @pytest.mark.parametrize("error", [AttributeError, KeyError, TypeError, ValueError])
-@pytest.mark.parametrize("place", [(plan, "plan"), (forward, "convolve")], ids=str)
+@pytest.mark.parametrize(
+    "place", [(plan, "plan"), (forward, "convolve")], ids=["of the plan", "of an algorithm"]
+)
 def test_a_bug_of_ours_is_not_jaxs(place, error, monkeypatch):
     """It is raised, without a warning that blames JAX, which would be an error here."""
 
