@@ -10,7 +10,8 @@ import tempfile
 # our own keeps the user's keras.json, which sets the default of `data_format`, out of the tests.
 os.environ["JAX_PLATFORMS"] = "cpu"
 # The suite compiles thousands of small functions and runs each once: LLVM need not optimize them.
-# What XLA makes of the graph, fusion included, stays the same.
+# What XLA makes of the graph, fusion included, stays the same. What LLVM makes of it for users is
+# tested in test_lowering_optimized.py, whose functions are compiled at the default level, 3.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 os.environ["KERAS_BACKEND"] = "jax"
 _keras_home = tempfile.mkdtemp(prefix="flax_dwconv_keras_")

@@ -1,18 +1,24 @@
-"""Depthwise convolution as numpy loops over its definition, in float64: slow, right by inspection.
+"""Depthwise convolution of any rank as numpy computes its definition, in float64.
 
-    y[n, i, j, c*M + m] = sum_{a,b} x[n, i*s0 + a*d0 - p0, j*s1 + b*d1 - p1, c] * kernel[a, b, c, m]
+    y[n, o, c*M + m] = sum_a x[n, o*s + a*d - p, c] * kernel[a, c, m]
 
-with x = 0 outside its bounds. Both gradients are the same loop over the same (i, j, a, b), each
-product handed to another of its three factors.
+with one `o`, `a`, `s`, `d` and `p` for each spatial dimension, and x = 0 outside its bounds. One
+term is computed for each `a`, a tap of the kernel, for all outputs for which it reads inside the
+image. Both gradients are the same sum, each product handed to another of its three factors.
+
+Equal calls are computed once, and their results, which are shared, cannot be written to.
 """
 
+import functools
+import hashlib
 import math
 
 import numpy as np
 
 
-def pair(value):
-    return (value, value) if np.ndim(value) == 0 else tuple(value)
+def each(value, rank):
+    """One value for each spatial dimension."""
+    return (value,) * rank if np.ndim(value) == 0 else tuple(value)
 
 
 def size_and_pad(n, k, stride, dilation, padding):
@@ -22,26 +28,32 @@ def size_and_pad(n, k, stride, dilation, padding):
         out = math.ceil(n / stride)
         total = max((out - 1) * stride + effective - n, 0)
         return out, total // 2  # an odd total pads one more at the end
-    before, after = (0, 0) if padding == "valid" else padding
+    named = {"valid": (0, 0), "causal": (effective - 1, 0)}
+    before, after = named[padding] if isinstance(padding, str) else each(padding, 2)
     return (n + before + after - effective) // stride + 1, before
 
 
-def geometry(shape, kernel_size, strides, padding, dilation_rate):
-    """Output size, and the list of (output position, kernel position, input position)."""
-    if isinstance(padding, str):
-        padding = (padding.lower(),) * 2
-    elif np.ndim(padding) == 0:
-        padding = ((padding, padding),) * 2
-    axes = list(zip(shape, kernel_size, pair(strides), pair(dilation_rate), padding, strict=True))
-    (ho, p0), (wo, p1) = (size_and_pad(*axis) for axis in axes)
-    (h, kh, s0, d0, _), (w, kw, s1, d1, _) = axes
+def geometry(sizes, window, strides, padding, dilation_rate):
+    """Output sizes, and the list of (tap, slices of the outputs, slices of the image).
+
+    These are the outputs for which the tap reads inside the image, and what it reads.
+    """
+    rank = len(window)
+    padding = (padding.lower(),) * rank if isinstance(padding, str) else each(padding, rank)
+    strides, dilations = each(strides, rank), each(dilation_rate, rank)
+    axes = list(zip(sizes, window, strides, dilations, padding, strict=True))
+    outs, pads = zip(*(size_and_pad(*axis) for axis in axes), strict=True)
     products = []
-    for i, j in np.ndindex(ho, wo):
-        for a, b in np.ndindex(kh, kw):
-            row, column = i * s0 + a * d0 - p0, j * s1 + b * d1 - p1
-            if 0 <= row < h and 0 <= column < w:
-                products.append(((i, j), (a, b), (row, column)))
-    return (ho, wo), products
+    for tap in np.ndindex(*window):
+        written, read = [], []
+        for (n, _, stride, dilation, _), out, pad, a in zip(axes, outs, pads, tap, strict=True):
+            at = {o: t for o in range(out) if 0 <= (t := o * stride + a * dilation - pad) < n}
+            first, count = (min(at), len(at)) if at else (0, 0)
+            t = at.get(first, 0)
+            written.append(slice(first, first + count))
+            read.append(slice(t, t + count * stride, stride))
+        products.append((tap, written, read))
+    return outs, products
 
 
 def wide(array):
@@ -50,37 +62,85 @@ def wide(array):
     return array.astype(np.complex128 if array.dtype.kind == "c" else np.float64)
 
 
-def to_last(array, data_format):
-    return np.moveaxis(array, -3, -1) if data_format == "channels_first" else array
+def to_last(array, data_format, rank=2):
+    return np.moveaxis(array, -1 - rank, -1) if data_format == "channels_first" else array
 
 
-def from_last(array, data_format):
-    return np.moveaxis(array, -1, -3) if data_format == "channels_first" else array
+def from_last(array, data_format, rank=2):
+    return np.moveaxis(array, -1, -1 - rank) if data_format == "channels_first" else array
 
 
+def computed_once(f):
+    """Keeps the last results of a function of arrays and options."""
+    results = {}
+
+    @functools.wraps(f)
+    def cached(*args, **kwargs):
+        def key(value):
+            if isinstance(value, (list, tuple)):
+                return tuple(map(key, value))
+            if not hasattr(value, "__array__"):
+                return value
+            array = np.ascontiguousarray(value)
+            return array.shape, str(array.dtype), hashlib.sha1(array.tobytes()).digest()
+
+        call = tuple(map(key, args)), tuple((k, key(v)) for k, v in sorted(kwargs.items()))
+        if call not in results:
+            result = f(*args, **kwargs)
+            for array in result if isinstance(result, tuple) else (result,):
+                array.flags.writeable = False
+            results[call] = result
+            if len(results) > 64:
+                del results[next(iter(results))]
+        return results[call]
+
+    return cached
+
+
+def output_shape(
+    x, kernel, strides=1, padding="valid", dilation_rate=1, data_format="channels_last"
+):
+    """The shape of `forward` for these shapes; a size is below 1 where the kernel does not fit."""
+    *window, c, m = kernel
+    rank = len(window)
+    first = data_format == "channels_first"
+    sizes = x[-rank:] if first else x[-1 - rank : -1]
+    outs, _ = geometry(sizes, window, strides, padding, dilation_rate)
+    batch = x[: -1 - rank]
+    return (*batch, c * m, *outs) if first else (*batch, *outs, c * m)
+
+
+@computed_once
 def forward(x, kernel, strides=1, padding="valid", dilation_rate=1, data_format="channels_last"):
-    x, kernel = to_last(wide(x), data_format), wide(kernel)
-    kh, kw, c, m = kernel.shape
-    size, products = geometry(x.shape[-3:-1], (kh, kw), strides, padding, dilation_rate)
-    y = np.zeros((*x.shape[:-3], *size, c, m), np.result_type(x, kernel))
-    for (i, j), (a, b), (row, column) in products:
-        y[..., i, j, :, :] += x[..., row, column, :, None] * kernel[a, b]
-    return from_last(y.reshape(*y.shape[:-2], c * m), data_format)
+    kernel = wide(kernel)
+    *window, c, m = kernel.shape
+    rank = len(window)
+    x = to_last(wide(x), data_format, rank)
+    outs, products = geometry(x.shape[-1 - rank : -1], window, strides, padding, dilation_rate)
+    y = np.zeros((*x.shape[: -1 - rank], *outs, c, m), np.result_type(x, kernel))
+    for tap, written, read in products:
+        y[(..., *written, slice(None), slice(None))] += (
+            x[(..., *read, slice(None), None)] * kernel[tap]
+        )
+    return from_last(y.reshape(*y.shape[:-2], c * m), data_format, rank)
 
 
+@computed_once
 def vjp(x, kernel, g, strides=1, padding="valid", dilation_rate=1, data_format="channels_last"):
     """Gradients of `sum(g * forward(x, kernel))` with respect to `x` and `kernel`."""
-    x, kernel = to_last(wide(x), data_format), wide(kernel)
-    kh, kw, c, m = kernel.shape
-    size, products = geometry(x.shape[-3:-1], (kh, kw), strides, padding, dilation_rate)
-    g = to_last(wide(g), data_format).reshape(*x.shape[:-3], *size, c, m)
+    kernel = wide(kernel)
+    *window, c, m = kernel.shape
+    rank = len(window)
+    x = to_last(wide(x), data_format, rank)
+    outs, products = geometry(x.shape[-1 - rank : -1], window, strides, padding, dilation_rate)
+    g = to_last(wide(g), data_format, rank).reshape(*x.shape[: -1 - rank], *outs, c, m)
     dx, dk = np.zeros(x.shape, g.dtype), np.zeros(kernel.shape, g.dtype)
-    for (i, j), (a, b), (row, column) in products:
-        dx[..., row, column, :] += (g[..., i, j, :, :] * kernel[a, b]).sum(-1)
-        dk[a, b] += (
-            (x[..., row, column, :, None] * g[..., i, j, :, :]).reshape(-1, c, m).sum(axis=0)
-        )
-    return from_last(dx, data_format), dk
+    for tap, written, read in products:
+        part = g[(..., *written, slice(None), slice(None))]
+        # No input position is read twice for the same tap.
+        dx[(..., *read, slice(None))] += (part * kernel[tap]).sum(-1)
+        dk[tap] = (x[(..., *read, slice(None), None)] * part).reshape(-1, c, m).sum(axis=0)
+    return from_last(dx, data_format, rank), dk
 
 
 def integers(seed, *shape, dtype=np.float32, limit=3):

@@ -32,8 +32,8 @@ class Case(NamedTuple):
         """Input, kernel and a cotangent."""
         x = oracle.integers(0, *self.x, dtype=dtype, limit=limit)
         kernel = oracle.integers(1, *self.kernel, dtype=dtype, limit=limit)
-        y = oracle.forward(x, kernel, **self.options)
-        return x, kernel, oracle.integers(2, *y.shape, dtype=dtype, limit=limit)
+        shape = oracle.output_shape(self.x, self.kernel, **self.options)
+        return x, kernel, oracle.integers(2, *shape, dtype=dtype, limit=limit)
 
     def __str__(self):
         shapes = ["x".join(map(str, s)) for s in (self.x, self.kernel)]

@@ -56,7 +56,7 @@ def test_layer_is_convolution_plus_bias_then_activation(geometry, data_format, u
     x = oracle.from_last(oracle.integers(0, 2, 7, 6, 3), data_format)
     variables = parameters(layer, x)
     params = variables["params"]
-    kh, kw = oracle.pair(geometry["kernel_size"])
+    kh, kw = oracle.each(geometry["kernel_size"], 2)
     m = geometry.pop("depth_multiplier", 1)
     assert params["kernel"].shape == (kh, kw, 3, m)
     assert set(params) == ({"kernel", "bias"} if use_bias else {"kernel"})

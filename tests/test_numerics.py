@@ -41,7 +41,7 @@ few = pytest.mark.parametrize("case", [CASES[n] for n in ("both", "first")], ids
 def operands(case, dtype=np.float64):
     """Normal numbers: input, kernel and cotangent."""
     x, kernel = (oracle.normals(i, *s, dtype=dtype) for i, s in enumerate(case[:2]))
-    shape = oracle.forward(x, kernel, **case.options).shape
+    shape = oracle.output_shape(case.x, case.kernel, **case.options)
     return x, kernel, oracle.normals(2, *shape, dtype=dtype)
 
 
