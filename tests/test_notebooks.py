@@ -67,6 +67,7 @@ def test_there_are_five_notebooks():
     assert [path.stem for path in PATHS] == [f"{i:02d}_{name}" for i, name in enumerate(names, 1)]
 
 
+@pytest.mark.slow  # as slow as a sixth of the suite: .ci/run does it
 @notebooks
 def test_runs(path, tmp_path, monkeypatch):
     flags = os.environ.get("XLA_FLAGS", "").replace("--xla_backend_optimization_level=0", "")
