@@ -648,7 +648,7 @@ def loads_or_refuses(path, config=None):
     try:
         loaded = keras_io.load(path, config=config)
     except (ValueError, OSError) as error:
-        assert path.name in str(error)
+        assert path.name in str(error) or "`config`" in str(error)
         return
     assert loaded
     for layer, variables in loaded.values():
@@ -660,6 +660,11 @@ def loads_or_refuses(path, config=None):
             assert variables["params"]["bias"].shape == (c * m,)
 
 
+# A failure is shown with the fixture `files`, which is large.
+large_repr = pytest.mark.filterwarnings("ignore:Generating overly large repr")
+
+
+@large_repr
 @examples(400)
 @given(name=st.sampled_from(["m.h5", "m.weights.h5", "m.keras", "inside m.keras"]), edits=EDITS)
 @example("inside m.keras", [("copy", 26, 66, 23)])  # an address beyond 64 bits
@@ -683,6 +688,7 @@ JSON = st.recursive(
 )
 
 
+@large_repr
 @examples(200)
 @given(data=st.data())
 def test_damaged_model_configs(files, tmp_path, data):
