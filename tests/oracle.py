@@ -71,27 +71,28 @@ def from_last(array, data_format, rank=2):
 
 
 def computed_once(f):
-    """Keeps the last results of a function of arrays and options."""
+    """Keeps the last results of a function of arrays and options, unless they are large."""
     results = {}
+
+    def key(value):
+        if isinstance(value, (list, tuple)):
+            return tuple(map(key, value))
+        if not hasattr(value, "__array__"):
+            return value
+        array = np.asarray(value)
+        return array.shape, str(array.dtype), hashlib.sha1(array.tobytes()).digest()
 
     @functools.wraps(f)
     def cached(*args, **kwargs):
-        def key(value):
-            if isinstance(value, (list, tuple)):
-                return tuple(map(key, value))
-            if not hasattr(value, "__array__"):
-                return value
-            array = np.ascontiguousarray(value)
-            return array.shape, str(array.dtype), hashlib.sha1(array.tobytes()).digest()
-
-        call = tuple(map(key, args)), tuple((k, key(v)) for k, v in sorted(kwargs.items()))
+        if any(np.size(value) > 1 << 16 for value in args if hasattr(value, "__array__")):
+            return f(*args, **kwargs)
+        call = key(args), key(sorted(kwargs.items()))
         if call not in results:
-            result = f(*args, **kwargs)
-            for array in result if isinstance(result, tuple) else (result,):
-                array.flags.writeable = False
-            results[call] = result
-            if len(results) > 64:
+            if len(results) == 64:
                 del results[next(iter(results))]
+            results[call] = f(*args, **kwargs)
+            for array in results[call] if isinstance(results[call], tuple) else [results[call]]:
+                array.flags.writeable = False
         return results[call]
 
     return cached
