@@ -185,7 +185,7 @@ def _of_linen(model: nn.Module, args: Any, kwargs: Any) -> Mapping[str, Any]:
         layer, own = context.module, {}
         if not isinstance(layer, _layer.Settings):
             return call(*args, **kwargs)
-        for prefix in _layer.PARAMETERS.values():
+        for prefix in layer.prefixes.values():
             constraint = getattr(layer, f"{prefix}_constraint")
             if constraint is not None:
                 asked[id(constraint)] = constraint

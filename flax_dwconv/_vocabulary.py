@@ -272,6 +272,18 @@ def spellings(*classes: type) -> dict[str, type]:
     return names
 
 
+def is_of_keras(node: Mapping[str, Any]) -> bool:
+    """Whether a serialized object is Keras's: its module is, or it has none, as in old configs.
+
+    A custom one has another module, or none and a registered name "package>Name".
+    """
+    module = node.get("module")
+    if ">" in str(node.get("registered_name")):
+        return False
+    top = module.partition(".")[0] if isinstance(module, str) else module
+    return top is None or top in KERAS_IN_CONFIGS
+
+
 # Arguments. Each check returns the value in Python's own types.
 
 
@@ -331,6 +343,17 @@ def at_least_float32(x: ArrayLike) -> jax.Array:
     """Casts everything but float32 and float64 to float32."""
     x = jnp.asarray(x)
     return x if x.dtype in (jnp.float32, jnp.float64) else x.astype(jnp.float32)
+
+
+def in_float32(f: Callable[[jax.Array], jax.Array]) -> Callable[[ArrayLike], jax.Array]:
+    """Computes `f` in float32 at least, and returns the dtype of the argument."""
+
+    @functools.wraps(f)
+    def wrapped(x: ArrayLike) -> jax.Array:
+        x = jnp.asarray(x)
+        return f(at_least_float32(x)).astype(x.dtype)
+
+    return wrapped
 
 
 # Words.

@@ -7,7 +7,6 @@ sparsemax and glu act along the last axis.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
@@ -21,7 +20,7 @@ from flax_dwconv._vocabulary import (
     Refused,
     Vocabulary,
     assign,
-    at_least_float32,
+    in_float32,
     integers,
     number,
 )
@@ -30,19 +29,29 @@ Activation = Callable[[jax.Array], jax.Array]
 _T = TypeVar("_T")
 
 
-def _in_float32(f: Activation) -> Callable[[ArrayLike], jax.Array]:
-    """Computes `f` in float32 at least, and returns the dtype of the argument."""
-
-    @functools.wraps(f)
-    def wrapped(x: ArrayLike) -> jax.Array:
-        x = jnp.asarray(x)
-        return f(at_least_float32(x)).astype(x.dtype)
-
-    return wrapped
+# Rectifier -> where its derivative is 1, told by its result. Elsewhere it is 0.
+PASSES: dict[Activation, Activation] = {}
 
 
-@jax.custom_jvp
-@jax.jit
+def _rectifier(passes: Activation) -> Callable[[Activation], Activation]:
+    """Writes the derivative out, so that it is the same on every version of JAX."""
+
+    def decorate(f: Activation) -> Activation:
+        rectifier = jax.custom_jvp(jax.jit(f))
+
+        @rectifier.defjvp
+        def jvp(primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
+            (x,), (t,) = primals, tangents
+            y = rectifier(x)
+            return y, lax.select(passes(y), t, lax.full_like(t, 0))
+
+        PASSES[rectifier] = passes
+        return rectifier
+
+    return decorate
+
+
+@_rectifier(lambda y: y > 0)
 def relu(x: ArrayLike) -> jax.Array:
     """The rectifier.
 
@@ -63,15 +72,7 @@ def relu(x: ArrayLike) -> jax.Array:
     return jnp.maximum(x, 0)
 
 
-@relu.defjvp
-def _relu_jvp(primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
-    (x,), (t,) = primals, tangents
-    y = relu(x)
-    return y, lax.select(y > 0, t, lax.full_like(t, 0))
-
-
-@jax.custom_jvp
-@jax.jit
+@_rectifier(lambda y: (y > 0) & (y < 6))
 def relu6(x: ArrayLike) -> jax.Array:
     """The rectifier that saturates at 6.
 
@@ -86,13 +87,6 @@ def relu6(x: ArrayLike) -> jax.Array:
     Source: `tf.keras.activations.relu6`.
     """
     return jnp.minimum(jnp.maximum(x, 0), 6.0)
-
-
-@relu6.defjvp
-def _relu6_jvp(primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
-    (x,), (t,) = primals, tangents
-    y = relu6(x)
-    return y, lax.select((y > 0) & (y < 6), t, lax.full_like(t, 0))
 
 
 def linear(x: _T) -> _T:
@@ -165,7 +159,7 @@ def hard_sigmoid(x: ArrayLike) -> jax.Array:
     return jnp.clip(0.2 * jnp.asarray(x) + 0.5, 0.0, 1.0)
 
 
-@_in_float32
+@in_float32
 def softsign(x: jax.Array) -> jax.Array:
     """The algebraic sigmoid.
 
@@ -180,7 +174,7 @@ def softsign(x: jax.Array) -> jax.Array:
     return jax.nn.soft_sign(x)
 
 
-@_in_float32
+@in_float32
 def squareplus(x: jax.Array) -> jax.Array:
     """A smooth rectifier without exponentials.
 
@@ -246,7 +240,7 @@ def soft_shrink(x: ArrayLike) -> jax.Array:
     return jnp.where(jnp.abs(x) > 0.5, x - 0.5 * jnp.sign(x), 0.0)
 
 
-@_in_float32
+@in_float32
 def tanh_shrink(x: jax.Array) -> jax.Array:
     """What tanh takes away.
 
@@ -261,7 +255,7 @@ def tanh_shrink(x: jax.Array) -> jax.Array:
     return x - jnp.tanh(x)
 
 
-@_in_float32
+@in_float32
 def sparsemax(x: jax.Array) -> jax.Array:
     """The Euclidean projection of the last axis onto the probability simplex.
 

@@ -1,7 +1,9 @@
 """The depthwise convolution as a pure function: `jax.lax.conv_general_dilated`, nothing else."""
 
+import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import ParamSpec
 
 import jax
 import jax.numpy as jnp
@@ -10,31 +12,25 @@ from jax.typing import ArrayLike, DTypeLike
 
 from flax_dwconv import _geometry, _lowering
 
-Method = _lowering.Method
+_P = ParamSpec("_P")
 
 
-def check_method(method: Any) -> Method:
-    """Returns `method` if it is "auto", "lax" or "taps", else raises a ValueError."""
-    if method not in ("auto", "lax", "taps"):
-        raise ValueError(f"`method` must be 'auto', 'lax' or 'taps', got {method!r}.")
-    return method
-
-
-def depthwise_conv2d(
+def depthwise_conv(
     x: ArrayLike,
     kernel: ArrayLike,
     *,
-    strides: int | tuple[int, int] = 1,
-    padding: str | int | tuple[tuple[int, int], tuple[int, int]] = "valid",
-    dilation_rate: int | tuple[int, int] = 1,
+    strides: _geometry.Ints = 1,
+    padding: _geometry.PaddingLike = "valid",
+    dilation_rate: _geometry.Ints = 1,
     data_format: str = "channels_last",
-    precision: Any = None,
+    precision: _geometry.Precision = None,
     preferred_element_type: DTypeLike | None = None,
-    method: Method = "auto",
+    method: _geometry.Method = "auto",
 ) -> jax.Array:
-    """Convolves every channel with its own `m` filters.
+    """Convolves every channel with its own `m` filters, in 1, 2 or 3 dimensions.
 
-    With strides `s`, dilation rates `d` and pads `p` before the first row and column,
+    In two dimensions, with strides `s`, dilation rates `d` and pads `p` before the first row and
+    column,
 
         y[n, i, j, c*M + m] = sum_{a,b} x[n, i*s0 + a*d0 - p0, j*s1 + b*d1 - p1, c] * kernel[a, b,
         c, m]
@@ -45,28 +41,180 @@ def depthwise_conv2d(
     `jax.export`, sharding.
 
     Args:
-      x: images, `(*batch, h, w, c)`, or `(*batch, c, h, w)` with `data_format="channels_first"`;
-        any number of batch axes, none included. Floating, complex or integer.
-      kernel: filters, `(kh, kw, c, m)` in both data formats, of the dtype of `x`.
-      strides: step of the window, one int > 0 or one for each of height and width.
-      padding: "valid" (none), "same" (TensorFlow's rule: `ceil(h / stride)` rows out, an odd total
-        pads one more at the end), an int >= 0 for every side, or `((top, bottom), (left, right))`,
-        where a negative pad crops. Strings in any case.
-      dilation_rate: distance of neighbouring kernel taps, one int > 0 or two.
+      x: inputs, `(*batch, *space, c)`, or `(*batch, c, *space)` with
+        `data_format="channels_first"`; any number of batch axes, none included. Floating, complex
+        or integer.
+      kernel: filters, `(*window, c, m)` in both data formats, of the dtype of `x`. The number of
+        dimensions of the window, 1, 2 or 3, is that of `space`.
+      strides: step of the window, one int > 0 or one for each dimension.
+      padding: "valid" (none), "same" (TensorFlow's rule: `ceil(size / stride)` results, an odd
+        total pads one more at the end), "causal" (1-D only: `(k - 1) * dilation_rate` zeros before
+        the sequence), an int >= 0 for every side, or for each dimension an int >= 0 or a pair
+        `(before, after)`, where a negative pad crops. Strings in any case.
+      dilation_rate: distance of neighbouring kernel taps, one int > 0 or one for each dimension.
       data_format: "channels_last" or "channels_first".
       precision: `jax.lax.Precision`, its name, or a pair of them, for GPU and TPU.
       preferred_element_type: dtype of the accumulation and the result; None is the dtype of `x`.
-      method: "auto" lets the CPU lowering of this package (see `accelerate`) compile the
-        convolution; "lax" leaves it to XLA on every platform; "taps" compiles it as a sum over
-        taps on every platform.
+      method: "auto" compiles the convolution as a sum over kernel taps on CPU, where that is
+        faster than XLA's convolution, and leaves it to XLA on GPU and TPU; "taps" compiles the sum
+        over taps on every platform; "lax" leaves the convolution to XLA on every platform.
 
     Returns:
-      `(*batch, ho, wo, c*m)` or `(*batch, c*m, ho, wo)`; filter `m` of channel `c` is at `c*M + m`.
+      `(*batch, *space, c*m)` or `(*batch, c*m, *space)`; filter `m` of channel `c` is at `c*M + m`.
 
     Raises:
-      TypeError: if `x` or `kernel` is not an array, or their dtypes differ.
+      TypeError: if `x` or `kernel` is not an array, their dtypes differ, or another argument is of
+        a wrong type.
       ValueError: if another argument has no meaning, the channels of `x` and `kernel` differ, or
         the kernel does not fit into the input.
+
+    Example:
+      The kernel decides how many dimensions there are:
+
+      >>> import jax.numpy as jnp
+      >>> import flax_dwconv
+      >>> sequences, videos = jnp.ones((8, 100, 4)), jnp.ones((8, 10, 32, 32, 4))
+      >>> flax_dwconv.depthwise_conv(sequences, jnp.ones((5, 4, 1)), padding="causal").shape
+      (8, 100, 4)
+      >>> flax_dwconv.depthwise_conv(videos, jnp.ones((3, 3, 3, 4, 2)), strides=(1, 2, 2)).shape
+      (8, 8, 15, 15, 8)
+
+    Source: tf.keras's `DepthwiseConv2D`; strides together with dilation, which it refuses, are
+    computed by the formula above.
+    """
+    x, kernel = _geometry.as_array(x, "x"), _geometry.as_array(kernel, "kernel")
+    rank = kernel.ndim - 2
+    if rank not in _geometry.SPELLINGS:
+        raise ValueError(
+            "`kernel` must have shape (*window, c, m), with a window of 1, 2 or 3 dimensions, got "
+            f"{kernel.shape}."
+        )
+    _geometry.check_method(method)
+    kernel_size, (c, m) = kernel.shape[:rank], kernel.shape[rank:]
+    window = _geometry.window(rank, kernel_size, strides, padding, dilation_rate, data_format)
+    if x.ndim <= rank:
+        raise ValueError(f"`x` must have shape (*batch, {window.input_axes()}), got {x.shape}.")
+    _check_operands(x, kernel, window)
+    window.output_shape(x.shape, c * m)  # raises where the kernel does not fit
+
+    batch = x.shape[: -rank - 1]
+    x = x.reshape(math.prod(batch), *x.shape[-rank - 1 :])
+    pads = window.explicit_padding
+    if not isinstance(pads, str) and min(map(min, pads)) < 0:
+        # JAX's kernel gradient is wrong for some negative pads: 6 rows, a kernel of 3 and the pads
+        # (-2, 1). So we pad and crop before the convolution.
+        config = [(0, 0, 0)] * (rank + 2)
+        for axis, (before, after) in zip(window.spatial_axes, pads, strict=True):
+            config[axis] = (before, after, 0)
+        x, pads = lax.pad(x, jnp.zeros((), x.dtype), config), "VALID"
+    with _lowering.method_scope(method):
+        y = lax.conv_general_dilated(
+            x,
+            kernel.reshape(*kernel_size, 1, c * m),
+            window_strides=window.strides,
+            padding=pads,
+            rhs_dilation=window.dilation_rate,
+            dimension_numbers=window.dimension_numbers,
+            feature_group_count=c,
+            precision=_geometry.precision(precision),
+            preferred_element_type=preferred_element_type,
+        )
+    return y.reshape(*batch, *y.shape[1:])
+
+
+def _check_operands(x: jax.Array, kernel: jax.Array, window: _geometry.Window) -> None:
+    if x.shape[window.channel_axis] != kernel.shape[-2]:
+        raise ValueError(
+            f"`x` and `kernel` must have the same number of channels, got {x.shape} with the "
+            f"channels on axis {window.channel_axis} and a `kernel` of shape {kernel.shape}."
+        )
+    if x.dtype != kernel.dtype:
+        raise TypeError(
+            "`x` and `kernel` must have the same dtype, got "
+            f"{x.dtype.name} and {kernel.dtype.name}."
+        )
+
+
+def _of_rank(
+    rank: int, conv: Callable[_P, jax.Array]
+) -> Callable[[Callable[[], None]], Callable[_P, jax.Array]]:
+    """Returns a decorator: a function with a docstring becomes `conv` for windows of `rank`."""
+
+    def decorate(described: Callable[[], None]) -> Callable[_P, jax.Array]:
+        @functools.wraps(conv)
+        def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> jax.Array:
+            kernel = args[1] if len(args) > 1 else kwargs.get("kernel")
+            if getattr(kernel, "ndim", rank + 2) != rank + 2:
+                raise ValueError(
+                    f"`kernel` must have shape ({_geometry.SPELLINGS[rank].kernel}, c, m), got "
+                    f"{kernel.shape}."  # pyrefly: ignore[missing-attribute]
+                )
+            return conv(*args, **kwargs)
+
+        wrapper.__name__ = wrapper.__qualname__ = described.__name__
+        wrapper.__doc__ = described.__doc__
+        return wrapper
+
+    return decorate
+
+
+@_of_rank(1, depthwise_conv)
+def depthwise_conv1d() -> None:
+    """Convolves every channel of sequences with its own `m` filters: `depthwise_conv` in 1-D.
+
+    Args:
+      x: `(*batch, l, c)`, or `(*batch, c, l)` with `data_format="channels_first"`.
+      kernel: `(k, c, m)`.
+      strides: see `depthwise_conv`, as for all that follow.
+      padding: also "causal".
+      dilation_rate: one int > 0, or a tuple of one.
+      data_format: "channels_last" or "channels_first".
+      precision: for GPU and TPU.
+      preferred_element_type: dtype of the accumulation and the result.
+      method: "auto", "lax" or "taps".
+
+    Returns:
+      `(*batch, lo, c*m)` or `(*batch, c*m, lo)`.
+
+    Raises:
+      TypeError: as `depthwise_conv`.
+      ValueError: as `depthwise_conv`, and for a kernel of another rank.
+
+    Example:
+      Each result is the sum of its own position and the one before:
+
+      >>> import jax.numpy as jnp
+      >>> import flax_dwconv
+      >>> x = jnp.arange(4.0).reshape(1, 4, 1)
+      >>> y = flax_dwconv.depthwise_conv1d(x, jnp.ones((2, 1, 1)), padding="causal")
+      >>> print(y[0, :, 0])
+      [0. 1. 3. 5.]
+
+    Source: Keras's `DepthwiseConv1D`; causal padding is that of its `Conv1D`.
+    """
+
+
+@_of_rank(2, depthwise_conv)
+def depthwise_conv2d() -> None:
+    """Convolves every channel of images with its own `m` filters: `depthwise_conv` in 2-D.
+
+    Args:
+      x: `(*batch, h, w, c)`, or `(*batch, c, h, w)` with `data_format="channels_first"`.
+      kernel: `(kh, kw, c, m)`.
+      strides: see `depthwise_conv`, as for all that follow.
+      padding: "valid", "same", an int, or `((top, bottom), (left, right))`.
+      dilation_rate: one int > 0 or two.
+      data_format: "channels_last" or "channels_first".
+      precision: for GPU and TPU.
+      preferred_element_type: dtype of the accumulation and the result.
+      method: "auto", "lax" or "taps".
+
+    Returns:
+      `(*batch, ho, wo, c*m)` or `(*batch, c*m, ho, wo)`.
+
+    Raises:
+      TypeError: as `depthwise_conv`.
+      ValueError: as `depthwise_conv`, and for a kernel of another rank.
 
     Example:
       A 3x3 box blur and its negative, for each of two channels:
@@ -79,55 +227,205 @@ def depthwise_conv2d(
       >>> y.shape, y[0, 0, 0]
       ((8, 15, 15, 4), Array([ 1., -1.,  1., -1.], dtype=float32))
 
-    Source: tf.keras's `DepthwiseConv2D`; strides together with dilation, which it refuses, are
-    computed by the formula above.
+    Source: tf.keras's `DepthwiseConv2D`.
     """
-    x, kernel = _array(x, "x"), _array(kernel, "kernel")
-    check_method(method)
-    if kernel.ndim != 4:
-        raise ValueError(f"`kernel` must have shape (kh, kw, c, m), got {kernel.shape}.")
-    kh, kw, c, m = kernel.shape
-    window = _geometry.window((kh, kw), strides, padding, dilation_rate, data_format)
-    if x.ndim < 3:
-        axes = "h, w, c" if window.data_format == "channels_last" else "c, h, w"
-        raise ValueError(f"`x` must have shape (*batch, {axes}), got {x.shape}.")
-    if x.shape[window.channel_axis] != c:
+
+
+@_of_rank(3, depthwise_conv)
+def depthwise_conv3d() -> None:
+    """Convolves every channel of volumes or videos with its own `m` filters, in 3-D.
+
+    Args:
+      x: `(*batch, d, h, w, c)`, or `(*batch, c, d, h, w)` with `data_format="channels_first"`.
+      kernel: `(kd, kh, kw, c, m)`.
+      strides: see `depthwise_conv`, as for all that follow.
+      padding: "valid", "same", an int, or `((front, back), (top, bottom), (left, right))`.
+      dilation_rate: one int > 0 or three.
+      data_format: "channels_last" or "channels_first".
+      precision: for GPU and TPU.
+      preferred_element_type: dtype of the accumulation and the result.
+      method: "auto", "lax" or "taps".
+
+    Returns:
+      `(*batch, do, ho, wo, c*m)` or `(*batch, c*m, do, ho, wo)`.
+
+    Raises:
+      TypeError: as `depthwise_conv`.
+      ValueError: as `depthwise_conv`, and for a kernel of another rank.
+
+    Example:
+      The difference of neighbouring frames of a video:
+
+      >>> import jax.numpy as jnp
+      >>> import flax_dwconv
+      >>> frames = jnp.arange(3.0).reshape(1, 3, 1, 1, 1) * jnp.ones((1, 3, 4, 4, 2))
+      >>> change = jnp.array([-1.0, 1.0]).reshape(2, 1, 1, 1, 1) * jnp.ones((2, 1, 1, 2, 1))
+      >>> y = flax_dwconv.depthwise_conv3d(frames, change)
+      >>> y.shape, float(y.min()), float(y.max())
+      ((1, 2, 4, 4, 2), 1.0, 1.0)
+
+    Source: the formula of `depthwise_conv`; Keras has no such layer.
+    """
+
+
+def causal_conv1d(
+    x: ArrayLike,
+    kernel: ArrayLike,
+    state: ArrayLike | None = None,
+    *,
+    dilation_rate: _geometry.Ints = 1,
+    segment_ids: ArrayLike | None = None,
+    precision: _geometry.Precision = None,
+    method: _geometry.Method = "auto",
+) -> tuple[jax.Array, jax.Array]:
+    """Convolves sequences causally, piece by piece: a prefill, chunks and single steps are alike.
+
+    With the distance `d` of the taps,
+
+        y[t, c*M + m] = sum_a x[t - (k - 1 - a) * d, c] * kernel[a, c, m]
+
+    where `x` continues into the past as `state` says: its last position is the one before `x`. So
+    no result reads what comes after its own position, and
+
+        y1, state = causal_conv1d(x1, kernel)
+        y2, state = causal_conv1d(x2, kernel, state)
+
+    gives the results, gradients and last state of `causal_conv1d` of `x1` and `x2` joined. It is
+    pure: carry the state in a `lax.scan`, `vmap` over slots, donate it to `jit`.
+
+    Args:
+      x: the next inputs, `(*batch, l, c)` for any `l >= 1`.
+      kernel: filters, `(k, c, m)`, of the dtype of `x`.
+      state: the inputs before `x`, `(*batch, (k - 1) * d, c)`, of any floating dtype if `x` is
+        floating, else of the dtype of `x`. None is zeros: nothing came before.
+      dilation_rate: `d`, an int > 0.
+      segment_ids: integers `(*batch, l)` that name the document of each position, where several are
+        packed into one sequence. For a position, those of other documents count as zeros. They
+        exclude a `state`.
+      precision: see `depthwise_conv`.
+      method: see `depthwise_conv`.
+
+    Returns:
+      `y`, `(*batch, l, c*m)` in the dtype of `x`; and the next state, which is the last
+      `(k - 1) * d` inputs, in the dtype of `state`, or of `x` if that is None.
+
+    Raises:
+      TypeError: if an array is none, or has a dtype that does not fit.
+      ValueError: if the shapes do not fit, there is no position, or `segment_ids` and `state` are
+        both given.
+
+    Example:
+      A moving sum of three numbers: four at once, then one more.
+
+      >>> import jax.numpy as jnp
+      >>> import flax_dwconv
+      >>> kernel = jnp.ones((3, 1, 1))
+      >>> y, state = flax_dwconv.causal_conv1d(jnp.array([[1.0], [2.0], [3.0], [4.0]]), kernel)
+      >>> print(y[:, 0], state[:, 0])
+      [1. 3. 6. 9.] [3. 4.]
+      >>> y, state = flax_dwconv.causal_conv1d(jnp.array([[5.0]]), kernel, state)
+      >>> print(y[:, 0], state[:, 0])
+      [12.] [4. 5.]
+
+    Source: the short convolution of H3, Mamba and Griffin; T. Dao and others, causal-conv1d.
+    """
+    x, kernel = _geometry.as_array(x, "x"), _geometry.as_array(kernel, "kernel")
+    if kernel.ndim != 3:
+        raise ValueError(f"`kernel` must have shape (k, c, m), got {kernel.shape}.")
+    if x.ndim < 2 or x.shape[-2] == 0:
+        raise ValueError(f"`x` must have shape (*batch, l, c) with l >= 1, got {x.shape}.")
+    _geometry.check_method(method)
+    window = _geometry.window(1, kernel.shape[:1], 1, "causal", dilation_rate, "channels_last")
+    _check_operands(x, kernel, window)
+    shape = (*x.shape[:-2], window.effective_size[0] - 1, x.shape[-1])
+    if segment_ids is not None and state is not None:
+        raise ValueError("`segment_ids` and `state` exclude each other, got both.")
+    zeros = jnp.zeros(shape, x.dtype)
+    if segment_ids is not None:
+        y = _of_segments(x, kernel, _geometry.as_array(segment_ids, "segment_ids"), window)
+        return y, next_state(x, zeros)
+    conv = functools.partial(
+        depthwise_conv, dilation_rate=dilation_rate, precision=precision, method=method
+    )
+    if state is None:
+        return conv(x, kernel, padding="causal"), next_state(x, zeros)
+    state = _state(state, x, shape)
+    return _continued(conv, x, kernel, state), next_state(x, state)
+
+
+def _state(state: ArrayLike, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Returns the inputs before `x` as an array, once their shape and dtype are checked."""
+    state = _geometry.as_array(state, "state")
+    if state.shape != shape:
         raise ValueError(
-            f"`x` and `kernel` must have the same number of channels, got {x.shape} with the "
-            f"channels on axis {window.channel_axis} and a `kernel` of shape {kernel.shape}."
+            "`state` must have shape (*batch, (k - 1) * dilation_rate, c), which is "
+            f"{shape} for `x` of shape {x.shape}, got {state.shape}."
         )
-    if x.dtype != kernel.dtype:
-        raise TypeError(
-            "`x` and `kernel` must have the same dtype, got "
-            f"{x.dtype.name} and {kernel.dtype.name}."
-        )
-    window.output_shape(x.shape, c * m)  # raises where the kernel does not fit
-
-    batch = x.shape[:-3]
-    x = x.reshape(math.prod(batch), *x.shape[-3:])
-    padding = window.padding.upper() if isinstance(window.padding, str) else window.padding
-    if not isinstance(padding, str) and min(map(min, padding)) < 0:
-        # JAX's kernel gradient is wrong for some: 6 rows, a kernel of 3 and the pads (-2, 1).
-        sizes = [(0, 0, 0)] * 4
-        for axis, pads in zip(window.spatial_axes, padding, strict=True):
-            sizes[axis] = (*pads, 0)
-        x, padding = lax.pad(x, jnp.zeros((), x.dtype), sizes), "VALID"
-    with _lowering.method_scope(method):
-        y = lax.conv_general_dilated(
-            x,
-            kernel.reshape(kh, kw, 1, c * m),
-            window_strides=window.strides,
-            padding=padding,
-            rhs_dilation=window.dilation_rate,
-            dimension_numbers=_geometry.DIMENSION_NUMBERS[window.data_format],
-            feature_group_count=c,
-            precision=precision,
-            preferred_element_type=preferred_element_type,
-        )
-    return y.reshape(*batch, *y.shape[-3:])
+    both = jnp.issubdtype(x.dtype, jnp.floating) and jnp.issubdtype(state.dtype, jnp.floating)
+    if not both and state.dtype != x.dtype:
+        rule = "a floating dtype" if jnp.issubdtype(x.dtype, jnp.floating) else "the dtype of `x`"
+        raise TypeError(f"`state` must have {rule}, got {state.dtype.name} for {x.dtype.name}.")
+    return state
 
 
-def _array(value: Any, name: str) -> jax.Array:
-    if not hasattr(value, "ndim") or not hasattr(value, "dtype"):
-        raise TypeError(f"`{name}` must be an array, got {type(value).__name__}.")
-    return jnp.asarray(value)
+def next_state(x: jax.Array, state: jax.Array) -> jax.Array:
+    """Returns the last inputs, as many as `state` holds, of `state` followed by `x`."""
+    history, length = state.shape[-2], x.shape[-2]
+    if length >= history:
+        return lax.slice_in_dim(x, length - history, length, axis=x.ndim - 2).astype(state.dtype)
+    kept = lax.slice_in_dim(state, length, history, axis=state.ndim - 2)
+    return lax.concatenate([kept, x.astype(state.dtype)], x.ndim - 2)
+
+
+def _continued(
+    conv: Callable[..., jax.Array], x: jax.Array, kernel: jax.Array, state: jax.Array
+) -> jax.Array:
+    """Convolves `x` after `state`.
+
+    Only the first results read the state. They are a convolution of their own, so that a long
+    sequence is not copied behind its state.
+    """
+    axis = x.ndim - 2
+    history, length = state.shape[-2], x.shape[-2]
+    if not history:
+        return conv(x, kernel)
+    near = lax.slice_in_dim(x, 0, min(history, length), axis=axis)
+    first = conv(lax.concatenate([state.astype(x.dtype), near], axis), kernel)
+    if length <= history:
+        return first
+    return lax.concatenate([first, conv(x, kernel)], axis)
+
+
+def _of_segments(
+    x: jax.Array, kernel: jax.Array, segment_ids: jax.Array, window: _geometry.Window
+) -> jax.Array:
+    """Convolves `x` causally, where each position reads its own segment only.
+
+    Which taps count depends on the position, so that it is no convolution: it is the sum over taps
+    of the shifted inputs, each masked. A NaN of another segment is masked too.
+    """
+    if segment_ids.shape != x.shape[:-1]:
+        raise ValueError(
+            f"`segment_ids` must have shape (*batch, l), which is {x.shape[:-1]} for `x` of shape "
+            f"{x.shape}, got {segment_ids.shape}."
+        )
+    if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+        raise TypeError(f"`segment_ids` must be integers, got {segment_ids.dtype.name}.")
+    k, c, m = kernel.shape
+    length, axis = x.shape[-2], x.ndim - 2
+    history = window.effective_size[0] - 1
+    # What is before the sequence is 0 in whichever segment it seems to be.
+    none = [(0, 0, 0)] * axis
+    past = lax.pad(x, jnp.zeros((), x.dtype), [*none, (history, 0, 0), (0, 0, 0)])
+    ids = lax.pad(segment_ids, jnp.zeros((), segment_ids.dtype), [*none, (history, 0, 0)])
+    low = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+    accumulator = jnp.dtype("float32") if low else x.dtype
+    y = jnp.zeros((*x.shape, m), accumulator)
+    for a in range(k):
+        start = a * window.dilation_rate[0]
+        same = lax.slice_in_dim(ids, start, start + length, axis=axis) == segment_ids
+        read = lax.slice_in_dim(past, start, start + length, axis=axis)
+        read = jnp.where(same[..., None], read, jnp.zeros((), x.dtype)).astype(accumulator)
+        weights = kernel[a].astype(accumulator)
+        y = y + read[..., None] * weights.reshape(*[1] * axis, 1, c, m)
+    return y.reshape(*x.shape[:-1], c * m).astype(x.dtype)

@@ -19,6 +19,7 @@ import itertools
 import json
 import os
 import re
+import typing
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,19 +29,26 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
-from flax_dwconv import _layer, linen
+from flax_dwconv import _config, _layer, linen
+from flax_dwconv._vocabulary import is_of_keras
+
+Layer = (
+    linen.DepthwiseConv1D | linen.DepthwiseConv2D | linen.SeparableConv1D | linen.SeparableConv2D
+)
+# Keras's name of a layer -> ours.
+_LAYERS: dict[str, Any] = {layer.__name__: layer for layer in typing.get_args(Layer)}
 
 
-def from_config(config: Mapping[str, Any]) -> linen.DepthwiseConv2D:
-    """Returns the layer that a config of Keras 2 or 3 stands for; `DepthwiseConv2D.from_config`.
+def from_config(config: Mapping[str, Any]) -> Layer:
+    """Returns the layer that a config of Keras 2 or 3 stands for, as its own `from_config` does.
 
     Args:
-      config: the settings, as `get_config` of a layer returns them, or the whole dict with
-        "class_name" and "config". "hard_sigmoid" is Keras 3's in a config that Keras 3 wrote, and
-        Keras 2's elsewhere.
+      config: the whole dict with "class_name" and "config", or the settings of a DepthwiseConv2D,
+        as its `get_config` returns them. "hard_sigmoid" is Keras 3's in a config that Keras 3
+        wrote, and Keras 2's elsewhere.
 
     Raises:
-      ValueError: for an unknown key, a value that has no meaning or a custom object.
+      ValueError: for another class, an unknown key, a value that has no meaning or a custom object.
       TypeError: for a value of a wrong type.
 
     Example:
@@ -51,7 +59,8 @@ def from_config(config: Mapping[str, Any]) -> linen.DepthwiseConv2D:
       >>> layer.name, layer.kernel_size, layer.dtype
       ('dw', (3, 3), dtype(bfloat16))
     """
-    return linen.DepthwiseConv2D.from_config(config)
+    name = config.get("class_name") if isinstance(config, Mapping) else None
+    return _LAYERS.get(str(name), linen.DepthwiseConv2D).from_config(config)
 
 
 # Keys of our own configs that Keras 3 has no word for, as messages.
@@ -68,12 +77,13 @@ def to_config(layer: _layer.Settings) -> dict[str, Any]:
     """Returns the layer as the dict that `keras.saving.deserialize_keras_object` of Keras 3 reads.
 
     Args:
-      layer: a `DepthwiseConv2D` of linen or nnx.
+      layer: a layer of linen or nnx.
 
     Raises:
       TypeError: for anything else.
-      ValueError: if Keras 3 has no word for a setting: `precision`, `method`, explicit padding, a
-        callable without a Keras name, an object that only Keras 2 or this package has.
+      ValueError: if Keras 3 has no such layer (3-D), or no word for a setting: `precision`,
+        `method`, explicit or causal padding, a callable without a Keras name, an object that only
+        Keras 2 or this package has.
 
     Example:
       >>> import flax_dwconv
@@ -82,12 +92,15 @@ def to_config(layer: _layer.Settings) -> dict[str, Any]:
       >>> whole["module"], whole["class_name"], whole["config"]["activation"]
       ('keras.layers', 'DepthwiseConv2D', 'relu')
     """
+    name = type(layer).__name__
     if not isinstance(layer, _layer.Settings):
-        raise TypeError(f"`layer` must be a DepthwiseConv2D, got {type(layer).__name__}.")
+        raise TypeError(f"`layer` must be a layer of this package, got {name}.")
+    if name not in _LAYERS:
+        raise ValueError(f"`layer` must be one of {', '.join(_LAYERS)} for Keras, got {name}.")
     config = layer.get_config()
     for key, value in config.items():
         rule = _OURS_ONLY.get(key)
-        if key == "padding" and not isinstance(value, str):
+        if key == "padding" and value not in ("valid", "same"):
             rule = "`padding` must be 'valid' or 'same'"
         elif isinstance(value, Mapping) and value["class_name"] in _KERAS_2_ONLY:
             rule, value = f"`{key}` must be one of Keras 3's", value["class_name"]
@@ -95,17 +108,17 @@ def to_config(layer: _layer.Settings) -> dict[str, Any]:
             raise ValueError(f"Keras 3 has no word for it: {rule}, got {value!r}.")
     return {
         "module": "keras.layers",
-        "class_name": "DepthwiseConv2D",
+        "class_name": name,
         "config": config,
         "registered_name": None,
     }
 
 
-def from_keras(keras_layer: Any) -> tuple[linen.DepthwiseConv2D, dict[str, Any]]:
+def from_keras(keras_layer: Any) -> tuple[Layer, dict[str, Any]]:
     """Returns the layer and the variables of a built Keras layer, of any version and backend.
 
     Args:
-      keras_layer: a `DepthwiseConv2D` with weights.
+      keras_layer: a depthwise or separable layer with weights.
 
     Returns:
       `(layer, {"params": ...})`, to be used as `layer.apply(variables, x)`.
@@ -131,7 +144,9 @@ def from_keras(keras_layer: Any) -> tuple[linen.DepthwiseConv2D, dict[str, Any]]
         raise TypeError(
             f"`keras_layer` must be a layer of Keras, got {type(keras_layer).__name__}."
         )
-    layer = from_config(keras_layer.get_config())
+    name, config = type(keras_layer).__name__, keras_layer.get_config()
+    whole = {"class_name": name, "config": config}
+    layer = from_config(whole if name in _LAYERS else config)
     if not keras_layer.weights:
         raise ValueError(f"`keras_layer` must be built, got {keras_layer!r} without weights.")
     weights = [np.asarray(weight) for weight in keras_layer.weights]
@@ -142,8 +157,9 @@ def to_keras(layer: _layer.Settings, variables: Mapping[str, Any]) -> Any:
     """Returns a built Keras 3 layer with these settings and weights. Imports Keras.
 
     Args:
-      layer: a `DepthwiseConv2D` of linen or nnx.
-      variables: `{"params": {"kernel": ..., "bias": ...}}`; other collections are ignored.
+      layer: a layer of linen or nnx.
+      variables: `{"params": {"kernel": ..., "bias": ...}}`, or as the layer names its parameters;
+        other collections are ignored.
 
     Raises:
       ImportError: if Keras is not installed.
@@ -159,17 +175,17 @@ def to_keras(layer: _layer.Settings, variables: Mapping[str, Any]) -> Any:
       >>> keras_layer(jnp.ones((1, 8, 8, 4))).shape  # doctest: +SKIP
       (1, 6, 6, 4)
     """
-    config = to_config(layer)["config"]
+    whole = to_config(layer)
     variables = meta.unbox(variables)
     params = variables.get("params") if isinstance(variables, Mapping) else None
     names = list(layer._parameters(1))
     if not isinstance(params, Mapping) or set(params) != set(names):
         raise ValueError(f"`variables` must have 'params' with {names}, got {_keys(variables)}.")
     params = _params(layer, [params[name] for name in names])
-    shape: list[int | None] = [None] * 4
-    shape[layer._window.channel_axis] = params["kernel"].shape[2]
+    shape: list[int | None] = [None] * (layer.rank + 2)
+    shape[layer._window.channel_axis] = params[names[0]].shape[-2]
 
-    result = _require("keras").layers.DepthwiseConv2D.from_config(config)
+    result = getattr(_require("keras").layers, whole["class_name"]).from_config(whole["config"])
     result.build(tuple(shape))
     result.set_weights([np.asarray(params[name]) for name in names])
     return result
@@ -276,7 +292,7 @@ def _read(file: Any, model: Mapping[str, Any] | None) -> dict[str, Any]:
         for entry in entries:
             name = "/".join(entry.names)
             try:
-                layer = from_config(_dialect(entry.node, version))
+                layer = from_config(_config.with_version(entry.node, version))
                 weights = (
                     _legacy_weights(legacy, entry) if legacy is not None else _weights(root, entry)
                 )
@@ -329,7 +345,7 @@ def _model(config: Any) -> Mapping[str, Any]:
 
 
 def _is_depthwise(node: Mapping[str, Any]) -> bool:
-    return node["class_name"] == "DepthwiseConv2D" and _layer.is_of_keras(node)
+    return node["class_name"] == "DepthwiseConv2D" and is_of_keras(node)
 
 
 def _walk(node: Mapping[str, Any], names: tuple[str, ...], path: str) -> Iterator[_Entry]:
@@ -365,15 +381,6 @@ def _numbered(node: Mapping[str, Any], used: dict[str, int]) -> str:
     return f"{name}_{used[name]}" if used[name] else name
 
 
-def _dialect(node: Mapping[str, Any], version: str | None) -> Mapping[str, Any]:
-    """Returns the dict of a layer with the mark of the Keras that wrote it, if the file tells."""
-    if version is None:
-        return node
-    if int(version.partition(".")[0]) >= 3:
-        return {"registered_name": None, **node}
-    return {**node, "config": {"groups": 1, **node["config"]}}
-
-
 # Weights.
 
 
@@ -381,9 +388,10 @@ def _params(
     layer: _layer.Settings, weights: Sequence[Any], build_config: Any = None
 ) -> dict[str, Any]:
     """Returns kernel and bias, arrays or datasets, as parameters, once their shapes are checked."""
-    c = weights[0].shape[2] if weights and len(weights[0].shape) == 4 else 1
+    axes = layer.rank + 2
+    c = weights[0].shape[-2] if weights and len(weights[0].shape) == axes else 1
     shape = build_config.get("input_shape") if isinstance(build_config, Mapping) else None
-    if isinstance(shape, list) and len(shape) == 4:
+    if isinstance(shape, list) and len(shape) == axes:
         c = layer._channels(shape)
     wanted = {name: parameter.shape for name, parameter in layer._parameters(c).items()}
     if len(weights) != len(wanted):

@@ -1,17 +1,137 @@
-"""The layer for `flax.linen`."""
+"""The layers for `flax.linen`."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import meta
 
-from flax_dwconv import _layer
+from flax_dwconv import _geometry, _layer
 
 
-class DepthwiseConv2D(_layer.Settings, nn.Module):
+class _Module(nn.Module):
+    """The body of every layer here; `_layer.Settings` is beside it in their bases."""
+
+    @nn.compact
+    def __call__(self: Any, x: jax.Array) -> jax.Array:
+        """Applies the layer; shapes as in the class's description."""
+        return _run(self, x)
+
+    @classmethod
+    def from_config(cls: Any, config: Mapping[str, Any]) -> Self:
+        """Returns the layer that a config stands for: of `get_config`, or of Keras 2 or 3.
+
+        Args:
+          config: the settings, or a dict with "class_name" and "config".
+
+        Raises:
+          ValueError: for an unknown key or a value that has no meaning.
+          TypeError: for a value of a wrong type.
+
+        Example:
+          >>> import flax_dwconv
+          >>> layer = flax_dwconv.DepthwiseConv2D(3, activation="relu", name="dw")
+          >>> flax_dwconv.DepthwiseConv2D.from_config(layer.get_config()) == layer
+          True
+        """
+        return cls(**cls._settings_from_config(config))
+
+
+def _run(layer: Any, x: jax.Array, **streaming: Any) -> jax.Array:
+    """Makes the parameters, applies the layer and sows its penalties."""
+    channels = None
+    name = next(iter(layer.prefixes))
+    if layer.has_variable("params", name):
+        kernel = meta.unbox(layer.get_variable("params", name))
+        # Flax itself reports a kernel of another rank.
+        channels = kernel.shape[-2] if kernel.ndim == layer.rank + 2 else None
+    x = layer._check_input(x, channels)
+    parameters = {
+        name: layer.param(name, parameter.initializer, parameter.shape, layer.param_dtype)
+        for name, parameter in layer._parameters(layer._channels(x.shape)).items()
+    }
+    y = layer._forward(x, parameters, **streaming)
+
+    if layer.is_mutable_collection("losses") and not layer.is_initializing():
+        for name, value in layer._penalties(y, parameters).items():
+            layer.sow(
+                "losses",
+                name,
+                value,
+                init_fn=lambda: jnp.float32(0),
+                reduce_fn=_layer.reduction(name),
+            )
+    return y
+
+
+class DepthwiseConv1D(_layer.Depthwise1D, _Module):
+    """Keras's `DepthwiseConv1D` as a linen module, which can also run causally, piece by piece.
+
+    The arguments are those of `DepthwiseConv2D`, described there, for a window of one dimension;
+    `padding` may also be "causal". Then the layer can be called with the inputs that came before,
+
+        layer.apply(variables, x)         -> y
+        layer.apply(variables, x, state)  -> (y, state)
+
+    and with `segment_ids` for packed documents, as `causal_conv1d` describes. A first state is that
+    of `initial_state`.
+
+    Input shape:
+      `(n, l, c)`, or `(n, c, l)` with "channels_first". With both, a state is
+      `(n, (k - 1) * dilation_rate, c)`.
+
+    Output shape:
+      `(n, lo, c*m)`, or `(n, c*m, lo)`; filter `m` of channel `c` is at `c*M + m`.
+
+    Parameters:
+      "kernel" of shape `(k, c, m)`, and "bias" of shape `(c*m,)`.
+
+    Raises:
+      ValueError: as `DepthwiseConv2D`; and for a state of another shape, with another padding than
+        "causal", with strides, or together with `segment_ids`.
+      TypeError: as `DepthwiseConv2D`; and for a state or `segment_ids` of another dtype.
+
+    Example:
+      Eight positions at once, then one more:
+
+      >>> import jax, jax.numpy as jnp
+      >>> import flax_dwconv
+      >>> layer = flax_dwconv.DepthwiseConv1D(4, padding="causal", activation="silu")
+      >>> x = jnp.ones((2, 8, 16))
+      >>> variables = layer.init(jax.random.key(0), x)
+      >>> y, state = layer.apply(variables, x, layer.initial_state(2, channels=16))
+      >>> step, state = layer.apply(variables, x[:, :1], state)
+      >>> y.shape, step.shape, state.shape
+      ((2, 8, 16), (2, 1, 16), (2, 3, 16))
+
+    Source: `keras.layers.DepthwiseConv1D`.
+    """
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        state: jax.Array | None = None,
+        *,
+        segment_ids: jax.Array | None = None,
+    ) -> Any:
+        """Applies the layer; shapes as in the class's description.
+
+        Args:
+          x: the inputs.
+          state: the inputs before them.
+          segment_ids: integers `(n, l)`, the document of each position.
+
+        Returns:
+          `y`, or `(y, state)` if a state was given.
+        """
+        y = _run(self, x, state=state, segment_ids=segment_ids)
+        return y if state is None else (y, self._next_state(x, state))
+
+
+class DepthwiseConv2D(_layer.Depthwise, _Module):
     """Keras's `DepthwiseConv2D` as a linen module: `depthwise_conv2d`, plus bias, then activation.
 
     Every argument is Keras's, in Keras's order and with its defaults; the last four are Flax's. An
@@ -19,9 +139,10 @@ class DepthwiseConv2D(_layer.Settings, nn.Module):
     None.
 
     Penalties of the regularizers are sown in the collection "losses", as float32 scalars under the
-    names "activity" (of the output after the activation, divided by the batch size), "kernel" and
-    "bias", whenever `apply` has it mutable; `init` sows none. `total_loss` sums them. Constraints
-    are stored; `collect_constraints` finds them, and an optimizer with `constrain` applies them.
+    names "activity_penalty" (of the output after the activation, divided by the batch size),
+    "kernel_penalty" and "bias_penalty", whenever `apply` has it mutable; `init` sows none.
+    `total_loss` sums them. Constraints are stored; `collect_constraints` finds them, and an
+    optimizer with `constrain` applies them.
 
     Attributes:
       kernel_size: height and width of the filters, one int > 0 or two.
@@ -75,51 +196,137 @@ class DepthwiseConv2D(_layer.Settings, nn.Module):
       {'bias': (8,), 'kernel': (3, 3, 4, 2)}
       >>> y, state = jax.jit(lambda v, x: layer.apply(v, x, mutable=["losses"]))(variables, x)
       >>> y.shape, list(state["losses"])
-      ((8, 32, 32, 8), ['kernel'])
+      ((8, 32, 32, 8), ['kernel_penalty'])
 
     Source: `tf.keras.layers.DepthwiseConv2D`.
     """
 
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Applies the layer to images; shapes as in the class's description."""
-        channels = None
-        if self.has_variable("params", "kernel"):
-            kernel = meta.unbox(self.get_variable("params", "kernel"))
-            channels = kernel.shape[2] if kernel.ndim == 4 else None  # else Flax says so
-        x = self._check_input(x, channels)
-        parameters = {
-            name: self.param(name, parameter.initializer, parameter.shape, self.param_dtype)
-            for name, parameter in self._parameters(self._channels(x.shape)).items()
-        }
-        y = self._forward(x, **parameters)
+    rank: ClassVar[int] = 2
+    strides: _geometry.Ints = (1, 1)
+    dilation_rate: _geometry.Ints = (1, 1)
 
-        if self.is_mutable_collection("losses") and not self.is_initializing():
-            for name, value in self._penalties(y, **parameters).items():
-                self.sow(
-                    "losses",
-                    name,
-                    value,
-                    init_fn=lambda: jnp.float32(0),
-                    reduce_fn=_layer.REDUCTIONS[name],
-                )
-        return y
 
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "DepthwiseConv2D":
-        """Returns the layer that a config stands for: of `get_config`, or of Keras 2 or 3.
+class DepthwiseConv3D(_layer.Depthwise, _Module):
+    """The depthwise convolution of volumes or videos as a linen module. Keras has no such layer.
 
-        Args:
-          config: the settings, or a dict with "class_name" and "config".
+    The arguments are those of `DepthwiseConv2D`, described there, for a window of three dimensions.
 
-        Raises:
-          ValueError: for an unknown key or a value that has no meaning.
-          TypeError: for a value of a wrong type.
+    Input shape:
+      `(n, d, h, w, c)`, or `(n, c, d, h, w)` with "channels_first".
 
-        Example:
-          >>> import flax_dwconv
-          >>> layer = flax_dwconv.DepthwiseConv2D(3, activation="relu", name="dw")
-          >>> flax_dwconv.DepthwiseConv2D.from_config(layer.get_config()) == layer
-          True
-        """
-        return cls(**cls._settings_from_config(config))
+    Output shape:
+      `(n, do, ho, wo, c*m)`, or `(n, c*m, do, ho, wo)`; filter `m` of channel `c` is at `c*M + m`.
+
+    Parameters:
+      "kernel" of shape `(kd, kh, kw, c, m)`, and "bias" of shape `(c*m,)`.
+
+    Raises:
+      ValueError: as `DepthwiseConv2D`.
+      TypeError: as `DepthwiseConv2D`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import flax_dwconv
+      >>> layer = flax_dwconv.DepthwiseConv3D(3, strides=(1, 2, 2), padding="same")
+      >>> y, variables = layer.init_with_output(jax.random.key(0), jnp.ones((1, 8, 16, 16, 4)))
+      >>> y.shape, variables["params"]["kernel"].shape
+      ((1, 8, 8, 8, 4), (3, 3, 3, 4, 1))
+
+    Source: the formula of `depthwise_conv`.
+    """
+
+    rank: ClassVar[int] = 3
+
+
+class SeparableConv1D(_layer.Separable, _Module):
+    """Keras's `SeparableConv1D` as a linen module: `SeparableConv2D` for sequences.
+
+    The arguments are those of `SeparableConv2D`, described there, for a window of one dimension;
+    `padding` may also be "causal".
+
+    Input shape:
+      `(n, l, c)`, or `(n, c, l)` with "channels_first".
+
+    Output shape:
+      `(n, lo, filters)`, or `(n, filters, lo)`.
+
+    Parameters:
+      "depthwise_kernel" `(k, c, m)`, "pointwise_kernel" `(1, c*m, filters)`, "bias" `(filters,)`.
+
+    Raises:
+      ValueError: as `SeparableConv2D`.
+      TypeError: as `SeparableConv2D`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import flax_dwconv
+      >>> layer = flax_dwconv.SeparableConv1D(32, 5, padding="causal", activation="relu")
+      >>> y, variables = layer.init_with_output(jax.random.key(0), jnp.ones((8, 100, 16)))
+      >>> jax.tree.map(jnp.shape, variables["params"])
+      {'bias': (32,), 'depthwise_kernel': (5, 16, 1), 'pointwise_kernel': (1, 16, 32)}
+
+    Source: `tf.keras.layers.SeparableConv1D`.
+    """
+
+    rank: ClassVar[int] = 1
+
+
+class SeparableConv2D(_layer.Separable, _Module):
+    """Keras's `SeparableConv2D` as a linen module: depthwise, then pointwise, bias, activation.
+
+    A depthwise convolution, `depthwise_conv2d`, is followed by a matrix product over the channels.
+    Every argument is Keras's, in Keras's order and with its defaults; the last four are Flax's. All
+    that follow are described in `DepthwiseConv2D`, as are penalties, which here are named
+    "activity_penalty", "depthwise_kernel_penalty", "pointwise_kernel_penalty" and "bias_penalty".
+
+    Attributes:
+      filters: the number of output channels.
+      kernel_size: of the depthwise half.
+      strides: of the depthwise half. Strides > 1 exclude dilation rates > 1.
+      padding: of the depthwise half.
+      data_format: "channels_last", "channels_first", or None: as Keras's own config file says.
+      dilation_rate: of the depthwise half.
+      depth_multiplier: `m`, the number of depthwise filters for each channel.
+      activation: applied to the result; None is linear.
+      use_bias: whether to add a bias, of the result.
+      depthwise_initializer: None is "glorot_uniform".
+      pointwise_initializer: None is "glorot_uniform".
+      bias_initializer: None is "zeros".
+      depthwise_regularizer: penalty of the depthwise kernel.
+      pointwise_regularizer: penalty of the pointwise kernel.
+      bias_regularizer: penalty of the bias.
+      activity_regularizer: penalty of the output.
+      depthwise_constraint: of the depthwise kernel.
+      pointwise_constraint: of the pointwise kernel.
+      bias_constraint: of the bias.
+      dtype: dtype of the computation; None promotes the dtypes of the input and the parameters.
+      param_dtype: dtype of the parameters.
+      precision: of both halves, for GPU and TPU.
+      method: of the depthwise half.
+
+    Input shape:
+      `(n, h, w, c)`, or `(n, c, h, w)` with "channels_first".
+
+    Output shape:
+      `(n, ho, wo, filters)`, or `(n, filters, ho, wo)`.
+
+    Parameters:
+      "depthwise_kernel" `(kh, kw, c, m)`, "pointwise_kernel" `(1, 1, c*m, filters)`, "bias"
+      `(filters,)`.
+
+    Raises:
+      ValueError: as `DepthwiseConv2D`.
+      TypeError: as `DepthwiseConv2D`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import flax_dwconv
+      >>> layer = flax_dwconv.SeparableConv2D(64, 3, padding="same", depth_multiplier=2)
+      >>> y, variables = layer.init_with_output(jax.random.key(0), jnp.ones((8, 32, 32, 16)))
+      >>> y.shape, variables["params"]["pointwise_kernel"].shape
+      ((8, 32, 32, 64), (1, 1, 32, 64))
+
+    Source: `tf.keras.layers.SeparableConv2D`; F. Chollet, Xception (2017).
+    """
+
+    rank: ClassVar[int] = 2

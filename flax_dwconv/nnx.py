@@ -1,15 +1,18 @@
-"""The layer for `flax.nnx`."""
+"""The layers for `flax.nnx`."""
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.core import meta
+from flax.typing import Dtype
+from jax.typing import ArrayLike
 
 from flax_dwconv import _geometry, _layer
+from flax_dwconv._vocabulary import Identifier
 
 
 class Loss(nnx.Variable):
@@ -28,28 +31,233 @@ class Loss(nnx.Variable):
 
 
 class _Signature:
-    """The constructor's signature, not typed a second time; an instance has its own, of a call."""
+    """`inspect.signature` of a class: that of its constructor, which nnx's metaclass hides."""
 
-    def __get__(self, instance, owner):
-        if instance is not None:
+    def __get__(self, instance: Any, owner: Any) -> inspect.Signature:
+        if instance is not None:  # which has a signature of its own, of a call
             raise AttributeError("__signature__")
-        first = inspect.Parameter(
-            "in_features", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=int
+        _, *parameters = inspect.signature(owner.__init__).parameters.values()
+        return inspect.Signature(parameters)
+
+
+class _Module(nnx.Module):
+    """The body of every layer here; `_layer.Settings` is beside it in their bases."""
+
+    __signature__ = _Signature()  # pyrefly: ignore[bad-override]
+
+    # A module is one object with arrays in it, however alike the settings of two may be.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def _construct(self: Any, arguments: Mapping[str, Any]) -> None:
+        """Checks and stores the arguments of a constructor, and makes the variables."""
+        # Checked first: nnx takes an attribute that ever was an array for one of its variables.
+        for name, value in self._checked(arguments).items():
+            setattr(self, name, value)
+        self.in_features = _geometry.positive_int(arguments["in_features"], "in_features")
+        rngs = arguments["rngs"]
+        if not isinstance(rngs, nnx.Rngs):
+            raise TypeError(f"`rngs` must be an `nnx.Rngs`, got {type(rngs).__name__}.")
+        self.bias = nnx.data(None)
+        for name, parameter in self._parameters(self.in_features).items():
+            value = parameter.initializer(rngs.params(), parameter.shape, self.param_dtype)
+            boxed = isinstance(value, meta.Partitioned)  # by linen's `with_partitioning`
+            setattr(self, name, nnx.Param(**value.to_nnx_metadata() if boxed else {"value": value}))
+        self.losses = nnx.data({name: Loss(jnp.float32(0)) for name in self._penalty_names})
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Applies the layer, and keeps the penalties; shapes as in the linen layer."""
+        y, penalties = self._apply(x)
+        self._keep(penalties)
+        return y
+
+    def with_penalties(self, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Returns the result and the penalties by name, and changes nothing.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> from flax import nnx
+          >>> import flax_dwconv
+          >>> layer = flax_dwconv.nnx.DepthwiseConv2D(
+          ...     1, 3, depthwise_initializer="ones", bias_regularizer="l1", rngs=nnx.Rngs(0))
+          >>> y, penalties = layer.with_penalties(jnp.ones((1, 3, 3, 1)))
+          >>> print(y.item(), penalties)
+          9.0 {'bias_penalty': Array(0., dtype=float32)}
+        """
+        return self._apply(x)
+
+    def _apply(self: Any, x: jax.Array, **streaming: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        x = self._check_input(x, self.in_features)
+        variables = {name: getattr(self, name) for name in self.prefixes}
+        parameters = {name: v[...] for name, v in variables.items() if v is not None}
+        y = self._forward(x, parameters, **streaming)
+        return y, self._penalties(y, parameters)
+
+    def _keep(self, penalties: Mapping[str, jax.Array]) -> None:
+        for name, value in penalties.items():
+            if not self._captured(name, value):
+                self.losses[name].set_value(value)
+
+    def _captured(self, name: str, value: jax.Array) -> bool:
+        """Whether an `nnx.capture` takes the penalty. Outside of one, `sow` is deprecated."""
+        return hasattr(self, "__captures__") and self.sow(
+            Loss,
+            name,
+            value,
+            init_fn=lambda: jnp.float32(0),
+            reduce_fn=_layer.reduction(name),
         )
-        last = inspect.Parameter("rngs", inspect.Parameter.KEYWORD_ONLY, annotation=nnx.Rngs)
-        settings = inspect.signature(_layer.Settings).parameters.values()
-        return inspect.Signature([first, *settings, last])
+
+    @classmethod
+    def from_config(
+        cls: Any, config: Mapping[str, Any], *, in_features: int, rngs: nnx.Rngs
+    ) -> Self:
+        """Returns the layer that a config stands for: of `get_config`, or of Keras 2 or 3.
+
+        Args:
+          config: the settings, or a dict with "class_name" and "config". A name is dropped.
+          in_features: the number of input channels.
+          rngs: initializes the parameters.
+
+        Raises:
+          ValueError: for an unknown key or a value that has no meaning.
+          TypeError: for a value of a wrong type.
+
+        Example:
+          >>> from flax import nnx
+          >>> import flax_dwconv
+          >>> layer = flax_dwconv.DepthwiseConv2D(3, activation="relu")
+          >>> twin = flax_dwconv.nnx.DepthwiseConv2D.from_config(
+          ...     layer.get_config(), in_features=4, rngs=nnx.Rngs(0))
+          >>> twin.get_config() == layer.get_config()
+          True
+        """
+        settings = cls._settings_from_config(config)
+        settings.pop("name", None)
+        return cls(in_features, **settings, rngs=rngs)
 
 
-class DepthwiseConv2D(nnx.Module, _layer.Settings):
+class _Depthwise(_Module, _layer.Depthwise):
+    """The depthwise layers of any rank; `DepthwiseConv2D` has Keras's own defaults."""
+
+    def __init__(
+        self,
+        in_features: int,
+        kernel_size: _geometry.Ints,
+        *,
+        strides: _geometry.Ints = 1,
+        padding: _geometry.PaddingLike = "valid",
+        depth_multiplier: int = 1,
+        data_format: str | None = None,
+        dilation_rate: _geometry.Ints = 1,
+        activation: Identifier = None,
+        use_bias: bool = True,
+        depthwise_initializer: Identifier | ArrayLike = "glorot_uniform",
+        bias_initializer: Identifier | ArrayLike = "zeros",
+        depthwise_regularizer: Identifier = None,
+        bias_regularizer: Identifier = None,
+        activity_regularizer: Identifier = None,
+        depthwise_constraint: Identifier = None,
+        bias_constraint: Identifier = None,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        precision: _geometry.Precision = None,
+        method: _geometry.Method = "auto",
+        rngs: nnx.Rngs,
+    ) -> None:
+        self._construct(locals())
+
+
+class DepthwiseConv1D(_layer.Depthwise1D, _Depthwise):
+    """Keras's `DepthwiseConv1D` as an nnx module: the twin of `flax_dwconv.DepthwiseConv1D`.
+
+    With `padding="causal"`,
+
+        layer(x)         -> y
+        layer(x, state)  -> (y, state)
+
+    and `segment_ids` is for packed documents, as `causal_conv1d` describes.
+
+    Args:
+      in_features: `c`, the number of input channels.
+      kernel_size: an int > 0, or a tuple of one. All other arguments are those of
+        `DepthwiseConv2D`.
+      rngs: its stream "params" initializes the parameters.
+
+    Attributes:
+      kernel: `nnx.Param` of shape `(k, c, m)`.
+      bias: `nnx.Param` of shape `(c*m,)`, or None.
+      losses: name -> `Loss`.
+
+    Raises:
+      ValueError: as the linen layer.
+      TypeError: as the linen layer.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import flax_dwconv
+      >>> layer = flax_dwconv.nnx.DepthwiseConv1D(16, 4, padding="causal", rngs=nnx.Rngs(0))
+      >>> x = jnp.ones((2, 8, 16))
+      >>> y, state = layer(x, layer.initial_state(2, channels=16))
+      >>> step, state = layer(x[:, :1], state)
+      >>> y.shape, step.shape, state.shape
+      ((2, 8, 16), (2, 1, 16), (2, 3, 16))
+
+    Source: `keras.layers.DepthwiseConv1D`.
+    """
+
+    def __call__(
+        self,
+        x: jax.Array,
+        state: jax.Array | None = None,
+        *,
+        segment_ids: jax.Array | None = None,
+    ) -> Any:
+        """Applies the layer, and keeps the penalties; shapes as in the linen layer.
+
+        Returns:
+          `y`, or `(y, state)` if a state was given.
+        """
+        result, penalties = self.with_penalties(x, state, segment_ids=segment_ids)
+        self._keep(penalties)
+        return result
+
+    def with_penalties(  # pyrefly: ignore[bad-override]
+        self,
+        x: jax.Array,
+        state: jax.Array | None = None,
+        *,
+        segment_ids: jax.Array | None = None,
+    ) -> tuple[Any, dict[str, jax.Array]]:
+        """Returns what a call does, and the penalties by name; changes nothing.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> from flax import nnx
+          >>> import flax_dwconv
+          >>> layer = flax_dwconv.nnx.DepthwiseConv1D(
+          ...     1, 2, padding="causal", depthwise_regularizer="l2", rngs=nnx.Rngs(0))
+          >>> (y, state), penalties = layer.with_penalties(
+          ...     jnp.ones((1, 3, 1)), layer.initial_state(1, channels=1))
+          >>> y.shape, list(penalties)
+          ((1, 3, 1), ['kernel_penalty'])
+        """
+        y, penalties = self._apply(x, state=state, segment_ids=segment_ids)
+        result = y if state is None else (y, self._next_state(x, state))
+        return result, penalties
+
+
+class DepthwiseConv2D(_Depthwise):
     """Keras's `DepthwiseConv2D` as an nnx module: the twin of `flax_dwconv.DepthwiseConv2D`.
 
     The arguments are that layer's, described there, between two of nnx's own. So are the outputs,
     the gradients and the penalties, to the last bit.
 
     Each penalty of a regularizer that is set is one variable of the type `Loss`, in the dict
-    `losses` under the name "activity", "kernel" or "bias". It is there, as 0, from the construction
-    on, so that the structure of the graph never changes, and every call replaces it:
+    `losses` under the name "activity_penalty", "kernel_penalty" or "bias_penalty". It is there, as
+    0, from the construction on, so that the structure of the graph never changes, and every call
+    replaces it:
 
         total_loss(nnx.state(model, Loss))
 
@@ -97,91 +305,166 @@ class DepthwiseConv2D(nnx.Module, _layer.Settings):
     Source: `tf.keras.layers.DepthwiseConv2D`.
     """
 
-    __signature__ = _Signature()  # pyrefly: ignore[bad-override]
-    kernel: nnx.Param
+    rank: ClassVar[int] = 2
 
-    # A module is one object with arrays in it, however alike the settings of two may be.
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
+    def __init__(
+        self,
+        in_features: int,
+        kernel_size: _geometry.Ints,
+        *,
+        strides: _geometry.Ints = (1, 1),
+        padding: _geometry.PaddingLike = "valid",
+        depth_multiplier: int = 1,
+        data_format: str | None = None,
+        dilation_rate: _geometry.Ints = (1, 1),
+        activation: Identifier = None,
+        use_bias: bool = True,
+        depthwise_initializer: Identifier | ArrayLike = "glorot_uniform",
+        bias_initializer: Identifier | ArrayLike = "zeros",
+        depthwise_regularizer: Identifier = None,
+        bias_regularizer: Identifier = None,
+        activity_regularizer: Identifier = None,
+        depthwise_constraint: Identifier = None,
+        bias_constraint: Identifier = None,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        precision: _geometry.Precision = None,
+        method: _geometry.Method = "auto",
+        rngs: nnx.Rngs,
+    ) -> None:
+        self._construct(locals())
 
-    def __init__(self, in_features: int, *args: Any, rngs: nnx.Rngs, **kwargs: Any):
-        for name, value in vars(_layer.Settings(*args, **kwargs)).items():
-            setattr(self, name, value)
-        self.in_features = _geometry.positive_int(in_features, "in_features")
-        if not isinstance(rngs, nnx.Rngs):
-            raise TypeError(f"`rngs` must be an `nnx.Rngs`, got {type(rngs).__name__}.")
-        self.bias = nnx.data(None)
-        for name, parameter in self._parameters(self.in_features).items():
-            value = parameter.initializer(rngs.params(), parameter.shape, self.param_dtype)
-            boxed = isinstance(value, meta.Partitioned)  # by linen's `with_partitioning`
-            setattr(self, name, nnx.Param(**value.to_nnx_metadata() if boxed else {"value": value}))
-        self.losses = nnx.data({name: Loss(jnp.float32(0)) for name in self._penalty_names})
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Applies the layer to images, and keeps the penalties; shapes as in the linen layer."""
-        y, penalties = self._apply(x)
-        for name, value in penalties.items():
-            if not self._captured(name, value):
-                self.losses[name].set_value(value)
-        return y
+class DepthwiseConv3D(_Depthwise):
+    """Depthwise convolutions of volumes and videos: the twin of `flax_dwconv.DepthwiseConv3D`.
 
-    def with_penalties(self, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Returns the result and the penalties by name, and changes nothing.
+    Args:
+      in_features: `c`, the number of input channels.
+      kernel_size: an int > 0, or three. All other arguments are those of `DepthwiseConv2D`.
+      rngs: its stream "params" initializes the parameters.
 
-        Example:
-          >>> import jax.numpy as jnp
-          >>> from flax import nnx
-          >>> import flax_dwconv
-          >>> layer = flax_dwconv.nnx.DepthwiseConv2D(
-          ...     1, 3, depthwise_initializer="ones", bias_regularizer="l1", rngs=nnx.Rngs(0))
-          >>> y, penalties = layer.with_penalties(jnp.ones((1, 3, 3, 1)))
-          >>> print(y.item(), penalties)
-          9.0 {'bias': Array(0., dtype=float32)}
-        """
-        return self._apply(x)
+    Attributes:
+      kernel: `nnx.Param` of shape `(kd, kh, kw, c, m)`.
+      bias: `nnx.Param` of shape `(c*m,)`, or None.
+      losses: name -> `Loss`.
 
-    def _apply(self, x):
-        x = self._check_input(x, self.kernel.shape[2])
-        parameters = {"kernel": self.kernel[...]}
-        if self.bias is not None:
-            parameters["bias"] = self.bias[...]
-        y = self._forward(x, **parameters)
-        return y, self._penalties(y, **parameters)
+    Raises:
+      ValueError: as the linen layer.
+      TypeError: as the linen layer.
 
-    def _captured(self, name: str, value: jax.Array) -> bool:
-        """Whether an `nnx.capture` takes the penalty. Outside of one, `sow` is deprecated."""
-        return hasattr(self, "__captures__") and self.sow(
-            Loss,
-            name,
-            value,
-            init_fn=lambda: jnp.float32(0),
-            reduce_fn=_layer.REDUCTIONS[name],
-        )
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import flax_dwconv
+      >>> layer = flax_dwconv.nnx.DepthwiseConv3D(4, 3, padding="same", rngs=nnx.Rngs(0))
+      >>> layer(jnp.ones((1, 8, 16, 16, 4))).shape
+      (1, 8, 16, 16, 4)
 
-    @classmethod
-    def from_config(
-        cls, config: Mapping[str, Any], *, in_features: int, rngs: nnx.Rngs
-    ) -> "DepthwiseConv2D":
-        """Returns the layer that a config stands for: of `get_config`, or of Keras 2 or 3.
+    Source: the formula of `depthwise_conv`.
+    """
 
-        Args:
-          config: the settings, or a dict with "class_name" and "config". A name is dropped.
-          in_features: the number of input channels.
-          rngs: initializes the parameters.
+    rank: ClassVar[int] = 3
 
-        Raises:
-          ValueError: for an unknown key or a value that has no meaning.
-          TypeError: for a value of a wrong type.
 
-        Example:
-          >>> from flax import nnx
-          >>> import flax_dwconv
-          >>> layer = flax_dwconv.DepthwiseConv2D(3, activation="relu")
-          >>> twin = flax_dwconv.nnx.DepthwiseConv2D.from_config(
-          ...     layer.get_config(), in_features=4, rngs=nnx.Rngs(0))
-          >>> twin.get_config() == layer.get_config()
-          True
-        """
-        settings = cls._settings_from_config(config)
-        settings.pop("name", None)
-        return cls(in_features, **settings, rngs=rngs)
+class _Separable(_Module, _layer.Separable):
+    """The separable layers of any rank."""
+
+    def __init__(
+        self,
+        in_features: int,
+        filters: int,
+        kernel_size: _geometry.Ints,
+        *,
+        strides: _geometry.Ints = 1,
+        padding: _geometry.PaddingLike = "valid",
+        data_format: str | None = None,
+        dilation_rate: _geometry.Ints = 1,
+        depth_multiplier: int = 1,
+        activation: Identifier = None,
+        use_bias: bool = True,
+        depthwise_initializer: Identifier | ArrayLike = "glorot_uniform",
+        pointwise_initializer: Identifier | ArrayLike = "glorot_uniform",
+        bias_initializer: Identifier | ArrayLike = "zeros",
+        depthwise_regularizer: Identifier = None,
+        pointwise_regularizer: Identifier = None,
+        bias_regularizer: Identifier = None,
+        activity_regularizer: Identifier = None,
+        depthwise_constraint: Identifier = None,
+        pointwise_constraint: Identifier = None,
+        bias_constraint: Identifier = None,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        precision: _geometry.Precision = None,
+        method: _geometry.Method = "auto",
+        rngs: nnx.Rngs,
+    ) -> None:
+        self._construct(locals())
+
+
+class SeparableConv1D(_Separable):
+    """Keras's `SeparableConv1D` as an nnx module: the twin of `flax_dwconv.SeparableConv1D`.
+
+    Args:
+      in_features: `c`, the number of input channels.
+      filters: the number of output channels.
+      kernel_size: an int > 0, or a tuple of one. All other arguments are those of
+        `SeparableConv2D`.
+      rngs: its stream "params" initializes the parameters.
+
+    Attributes:
+      depthwise_kernel: `nnx.Param` of shape `(k, c, m)`.
+      pointwise_kernel: `nnx.Param` of shape `(1, c*m, filters)`.
+      bias: `nnx.Param` of shape `(filters,)`, or None.
+      losses: name -> `Loss`.
+
+    Raises:
+      ValueError: as the linen layer.
+      TypeError: as the linen layer.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import flax_dwconv
+      >>> layer = flax_dwconv.nnx.SeparableConv1D(16, 32, 5, padding="same", rngs=nnx.Rngs(0))
+      >>> layer(jnp.ones((8, 100, 16))).shape
+      (8, 100, 32)
+
+    Source: `tf.keras.layers.SeparableConv1D`.
+    """
+
+    rank: ClassVar[int] = 1
+
+
+class SeparableConv2D(_Separable):
+    """Keras's `SeparableConv2D` as an nnx module: the twin of `flax_dwconv.SeparableConv2D`.
+
+    The arguments are that layer's, described there.
+
+    Args:
+      in_features: `c`, the number of input channels.
+      filters: the number of output channels.
+      kernel_size: an int > 0, or two.
+      rngs: its stream "params" initializes the parameters.
+
+    Attributes:
+      depthwise_kernel: `nnx.Param` of shape `(kh, kw, c, m)`.
+      pointwise_kernel: `nnx.Param` of shape `(1, 1, c*m, filters)`.
+      bias: `nnx.Param` of shape `(filters,)`, or None.
+      losses: name -> `Loss`.
+
+    Raises:
+      ValueError: as the linen layer.
+      TypeError: as the linen layer.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import flax_dwconv
+      >>> layer = flax_dwconv.nnx.SeparableConv2D(16, 64, 3, padding="same", rngs=nnx.Rngs(0))
+      >>> layer(jnp.ones((8, 32, 32, 16))).shape
+      (8, 32, 32, 64)
+
+    Source: `tf.keras.layers.SeparableConv2D`.
+    """
+
+    rank: ClassVar[int] = 2

@@ -178,37 +178,37 @@ ERRORS = [
     ),
     (
         lambda: conv(strides=1.0),
-        ValueError,
+        TypeError,
         "`strides` must be a tuple of 2 integers, or one integer, got 1.0.",
     ),
     (
         lambda: conv(strides=(1, 2.0)),
-        ValueError,
+        TypeError,
         "`strides` must be a tuple of 2 integers, or one integer, got (1, 2.0).",
     ),
     (
         lambda: conv(strides=True),
-        ValueError,
+        TypeError,
         "`strides` must be a tuple of 2 integers, or one integer, got True.",
     ),
     (
         lambda: conv(strides="2"),
-        ValueError,
+        TypeError,
         "`strides` must be a tuple of 2 integers, or one integer, got '2'.",
     ),
     (
         lambda: conv(strides="22"),
-        ValueError,
+        TypeError,
         "`strides` must be a tuple of 2 integers, or one integer, got '22'.",
     ),
     (
         lambda: conv(strides=None),
-        ValueError,
+        TypeError,
         "`strides` must be a tuple of 2 integers, or one integer, got None.",
     ),
     (
         lambda: conv(strides={1: 2}),
-        ValueError,
+        TypeError,
         "`strides` must be a tuple of 2 integers, or one integer, got {1: 2}.",
     ),
     (
@@ -228,7 +228,7 @@ ERRORS = [
     ),
     (
         lambda: conv(dilation_rate=1.5),
-        ValueError,
+        TypeError,
         "`dilation_rate` must be a tuple of 2 integers, or one integer, got 1.5.",
     ),
     (
@@ -256,27 +256,33 @@ ERRORS = [
     ),
     (
         lambda: conv(padding=1.5),
-        ValueError,
+        TypeError,
         "`padding` must be 'valid', 'same', an int >= 0 or ((top, bottom), (left, "
         "right)), got 1.5.",
     ),
     (
         lambda: conv(padding=None),
-        ValueError,
+        TypeError,
         "`padding` must be 'valid', 'same', an int >= 0 or ((top, bottom), (left, "
         "right)), got None.",
     ),
     (
         lambda: conv(padding=True),
-        ValueError,
+        TypeError,
         "`padding` must be 'valid', 'same', an int >= 0 or ((top, bottom), (left, "
         "right)), got True.",
     ),
     (
-        lambda: conv(padding=(1, 1)),
+        lambda: conv(padding=(1, -1)),
         ValueError,
         "`padding` must be 'valid', 'same', an int >= 0 or ((top, bottom), (left, "
-        "right)), got (1, 1).",
+        "right)), got (1, -1).",
+    ),
+    (
+        lambda: conv(padding=(1, 1, 1)),
+        ValueError,
+        "`padding` must be 'valid', 'same', an int >= 0 or ((top, bottom), (left, "
+        "right)), got (1, 1, 1).",
     ),
     (
         lambda: conv(padding=((1, 1), (1,))),
@@ -292,13 +298,13 @@ ERRORS = [
     ),
     (
         lambda: conv(padding=((1, 1), (1, 0.5))),
-        ValueError,
+        TypeError,
         "`padding` must be 'valid', 'same', an int >= 0 or ((top, bottom), (left, "
         "right)), got ((1, 1), (1, 0.5)).",
     ),
     (
         lambda: conv(padding=("same", "valid")),
-        ValueError,
+        TypeError,
         "`padding` must be 'valid', 'same', an int >= 0 or ((top, bottom), (left, "
         "right)), got ('same', 'valid').",
     ),
@@ -309,12 +315,12 @@ ERRORS = [
     ),
     (
         lambda: conv(data_format=None),
-        ValueError,
+        TypeError,
         "`data_format` must be one of 'channels_first', 'channels_last', got None.",
     ),
     (
         lambda: conv(data_format=1),
-        ValueError,
+        TypeError,
         "`data_format` must be one of 'channels_first', 'channels_last', got 1.",
     ),
     (
@@ -324,12 +330,12 @@ ERRORS = [
     ),
     (
         lambda: conv(method=None),
-        ValueError,
+        TypeError,
         "`method` must be 'auto', 'lax' or 'taps', got None.",
     ),
     (
         lambda: conv(method=["lax"]),
-        ValueError,
+        TypeError,
         "`method` must be 'auto', 'lax' or 'taps', got ['lax'].",
     ),
     # The layer's constructor: geometry
@@ -355,27 +361,27 @@ ERRORS = [
     ),
     (
         lambda: layer(3.0),
-        ValueError,
+        TypeError,
         "`kernel_size` must be a tuple of 2 integers, or one integer, got 3.0.",
     ),
     (
         lambda: layer((3.0, 3.0)),
-        ValueError,
+        TypeError,
         "`kernel_size` must be a tuple of 2 integers, or one integer, got (3.0, 3.0).",
     ),
     (
         lambda: layer("33"),
-        ValueError,
+        TypeError,
         "`kernel_size` must be a tuple of 2 integers, or one integer, got '33'.",
     ),
     (
         lambda: layer(True),
-        ValueError,
+        TypeError,
         "`kernel_size` must be a tuple of 2 integers, or one integer, got True.",
     ),
     (
         lambda: layer(None),
-        ValueError,
+        TypeError,
         "`kernel_size` must be a tuple of 2 integers, or one integer, got None.",
     ),
     (
@@ -418,17 +424,17 @@ ERRORS = [
     ),
     (
         lambda: layer(depth_multiplier=1.5),
-        ValueError,
+        TypeError,
         "`depth_multiplier` must be an integer > 0, got 1.5.",
     ),
     (
         lambda: layer(depth_multiplier=None),
-        ValueError,
+        TypeError,
         "`depth_multiplier` must be an integer > 0, got None.",
     ),
     (
         lambda: layer(depth_multiplier=True),
-        ValueError,
+        TypeError,
         "`depth_multiplier` must be an integer > 0, got True.",
     ),
     (
@@ -579,7 +585,7 @@ ERRORS = [
     ),
     (
         lambda: layer(dtype="float99"),
-        TypeError,
+        ValueError,
         "`dtype` must be a floating dtype, got 'float99'.",
     ),
     (
@@ -599,7 +605,7 @@ ERRORS = [
     ),
     (
         lambda: layer(param_dtype=None),
-        ValueError,
+        TypeError,
         "`param_dtype` must be a floating dtype, got None.",
     ),
     (
@@ -609,12 +615,12 @@ ERRORS = [
     ),
     (
         lambda: layer(param_dtype="half-float"),
-        TypeError,
+        ValueError,
         "`param_dtype` must be a floating dtype, got 'half-float'.",
     ),
     (
         lambda: layer(precision=7),
-        ValueError,
+        TypeError,
         "`precision` must be a `jax.lax.Precision`, its name, a pair of them, or None, got 7.",
     ),
     (
@@ -636,7 +642,7 @@ ERRORS = [
     ),
     (
         lambda: layer(method=None),
-        ValueError,
+        TypeError,
         "`method` must be 'auto', 'lax' or 'taps', got None.",
     ),
     # init and apply
@@ -770,7 +776,7 @@ ERRORS = [
     ),
     (
         lambda: shape(1, 9, 8, "3"),
-        ValueError,
+        TypeError,
         "`input_shape` must hold integers >= 0 or None, got (1, 9, 8, '3').",
     ),
     (
@@ -785,12 +791,12 @@ ERRORS = [
     ),
     (
         lambda: shape(1, 9.0, 8, 3),
-        ValueError,
+        TypeError,
         "`input_shape` must hold integers >= 0 or None, got (1, 9.0, 8, 3).",
     ),
     (
         lambda: layer().compute_output_shape((1, "9", 8, 3)),
-        ValueError,
+        TypeError,
         "`input_shape` must hold integers >= 0 or None, got (1, '9', 8, 3).",
     ),
     (
@@ -880,7 +886,7 @@ ERRORS = [
     ),
     (
         lambda: config(dtype="float99"),
-        TypeError,
+        ValueError,
         "`dtype` must be a floating dtype, got 'float99'.",
     ),
     (

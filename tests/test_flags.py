@@ -170,4 +170,4 @@ def test_nnx_layers_in_a_scan(graph_mode):
         expected = np.maximum(oracle.forward(expected, kernel, padding="same"), 0)
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
     squares = np.square(layers.kernel[...]).sum((1, 2, 3, 4))
-    np.testing.assert_allclose(layers.losses["kernel"][...], 0.01 * squares, rtol=1e-5)
+    np.testing.assert_allclose(layers.losses["kernel_penalty"][...], 0.01 * squares, rtol=1e-5)

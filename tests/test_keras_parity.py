@@ -15,7 +15,15 @@ import numpy as np
 import oracle
 import pytest
 
-from flax_dwconv import DepthwiseConv2D, constraints, initializers, regularizers, total_loss
+import flax_dwconv
+from flax_dwconv import (
+    DepthwiseConv2D,
+    constraints,
+    initializers,
+    keras_io,
+    regularizers,
+    total_loss,
+)
 
 keras = pytest.importorskip("keras", minversion="3.10")
 
@@ -69,8 +77,9 @@ def strict_jax():
     """Overrides the suite's: Keras promotes dtypes and ranks."""
 
 
-def configuration(seed):
+def configuration(seed, name="DepthwiseConv2D"):
     """Random arguments and input shape. Names go round, so that each one is met several times."""
+    rank = int(name[-2])
     rng = np.random.default_rng(seed)
 
     def one_of(*values):
@@ -78,7 +87,7 @@ def configuration(seed):
 
     def size(high):
         return one_of(
-            int(rng.integers(1, high)), tuple(int(n) for n in rng.integers(1, high, size=2))
+            int(rng.integers(1, high)), tuple(int(n) for n in rng.integers(1, high, size=rank))
         )
 
     def turn(values, speed=1):
@@ -87,11 +96,11 @@ def configuration(seed):
     stretch = one_of("strides", "dilation_rate", "neither")
     settings = dict(
         kernel_size=size(5),
-        strides=size(4) if stretch == "strides" else one_of(1, (1, 1)),
+        strides=size(4) if stretch == "strides" else one_of(1, (1,) * rank),
         padding=one_of("valid", "same", "SAME"),
         depth_multiplier=int(rng.integers(1, 4)),
         data_format=one_of(None, "channels_last", "channels_first"),
-        dilation_rate=size(4) if stretch == "dilation_rate" else one_of(1, (1, 1)),
+        dilation_rate=size(4) if stretch == "dilation_rate" else one_of(1, (1,) * rank),
         activation=turn(ACTIVATIONS),
         use_bias=bool(rng.random() < 0.8),
         depthwise_initializer=turn(KERNEL_INITIALIZERS, 5),
@@ -102,17 +111,22 @@ def configuration(seed):
         depthwise_constraint=one_of(*KERNEL_CONSTRAINTS),
         bias_constraint=one_of(*CONSTRAINTS),
     )
-    kernel, rate = (np.broadcast_to(settings[k], 2) for k in ("kernel_size", "dilation_rate"))
+    kernel, rate = (np.broadcast_to(settings[k], rank) for k in ("kernel_size", "dilation_rate"))
     spatial = [int(rng.integers(4)) + n for n in (kernel - 1) * rate + 1]
     channels = int(rng.integers(1, 5))
     if settings["activation"] == "softmax":  # Keras warns of a last axis of size 1
-        spatial[1] += 6
+        spatial[-1] += 6
         channels += 1
     if settings["activation"] == "glu":  # halves the last axis, which must be even
         channels *= 2
         if settings["data_format"] == "channels_first":
-            spatial[1] = 24
+            spatial[-1] = 24
             settings |= dict(strides=1, padding="same")
+    if name.startswith("Separable"):
+        settings["filters"] = 2 * int(rng.integers(1, 4))
+        settings["pointwise_initializer"] = turn(KERNEL_INITIALIZERS, 7)
+        settings["pointwise_regularizer"] = turn(REGULARIZERS, 7)
+        settings["pointwise_constraint"] = one_of(*KERNEL_CONSTRAINTS)
     first = settings["data_format"] == "channels_first"
     shape = (int(rng.integers(1, 4)), *([channels, *spatial] if first else [*spatial, channels]))
     return settings, shape, rng
@@ -131,13 +145,13 @@ def plain(config):
 class Pair:
     """One configuration as our layer and as Keras's, with the same weights."""
 
-    def __init__(self, seed):
-        self.settings, self.shape, rng = configuration(seed)
-        self.ours = DepthwiseConv2D(**self.settings)
+    def __init__(self, seed, name="DepthwiseConv2D"):
+        self.settings, self.shape, rng = configuration(seed, name)
+        self.ours = getattr(flax_dwconv, name)(**self.settings)
         # The plain convolution, which Keras calls too, compiles twice as fast as our lowering; that
         # the two methods agree is tested elsewhere.
         self.method = "lax" if seed % 5 else "auto"
-        self.keras = keras.layers.DepthwiseConv2D(**self.settings)
+        self.keras = getattr(keras.layers, name)(**self.settings)
         # Not the initial values: an exact 0 has no derivative under L1. Built in this scope, Keras
         # does not compute them, which would take longer than everything else here.
         with keras.StatelessScope(initialize_variables=False):
@@ -164,13 +178,17 @@ class Pair:
 
     def check_configs(self):
         config = self.ours.get_config()
-        theirs = keras.layers.DepthwiseConv2D.from_config(dict(config, name="dw"))
+        theirs = type(self.keras).from_config(dict(config, name="dw"))
         assert plain(theirs.get_config()) == plain(self.keras.get_config())
-        back = DepthwiseConv2D.from_config(self.keras.get_config())
+        layer = type(self.ours)
+        back = layer.from_config(self.keras.get_config())
         assert plain(back.get_config()) == plain(config)
         assert back.name == self.keras.name
         whole = keras.layers.serialize(self.keras)
-        assert plain(DepthwiseConv2D.from_config(whole).get_config()) == plain(config)
+        assert plain(layer.from_config(whole).get_config()) == plain(config)
+        assert plain(keras_io.from_config(whole).get_config()) == plain(config)
+        again = keras.saving.deserialize_keras_object(keras_io.to_config(self.ours.copy(name="dw")))
+        assert plain(again.get_config()) == plain(self.keras.get_config())
 
     def check_shapes(self):
         # Keras forgets that glu halves the last axis.
@@ -196,7 +214,19 @@ def results(pair, run, params, x):
     "start", [n if n in DEFAULT else pytest.param(n, marks=pytest.mark.slow) for n in STARTS]
 )
 def test_random_configurations(start):
-    pairs = [Pair(seed) for seed in range(start, start + PER_TEST)]
+    agree([Pair(seed) for seed in range(start, start + PER_TEST)])
+
+
+@pytest.mark.parametrize(
+    "start", [n if n in DEFAULT[:4] else pytest.param(n, marks=pytest.mark.slow) for n in STARTS]
+)
+@pytest.mark.parametrize("name", ["DepthwiseConv1D", "SeparableConv1D", "SeparableConv2D"])
+def test_random_configurations_of_the_family(name, start):
+    agree([Pair(seed, name) for seed in range(start, start + PER_TEST)])
+
+
+def agree(pairs):
+    """Holds our layers to Keras's: configs, shapes, results, penalties and gradients."""
     for pair in pairs:
         pair.check_configs()
         pair.check_shapes()

@@ -177,7 +177,7 @@ def test_empty_batch():
     variables = parameters(layer, x)
     y, losses = apply_with_losses(layer, variables, x)
     assert y.shape == (0, 3, 3, 2)
-    assert losses["activity"] == 0.0
+    assert losses["activity_penalty"] == 0.0
     gradient = jax.grad(lambda v: jnp.sum(layer.apply(v, x)))(variables)
     jax.tree.map(lambda g: np.testing.assert_array_equal(g, np.zeros(g.shape)), gradient)
 
@@ -205,11 +205,12 @@ def test_penalties_are_those_of_the_definition():
     y, losses = apply_with_losses(layer, variables, x)
     y = np.maximum(oracle.forward(x, kernel) + bias, 0)  # after the activation
     expected = {
-        "activity": (0.25 * np.abs(y).sum() + 0.125 * (y**2).sum()) / 4,  # by the batch size
-        "kernel": 0.01 * (kernel**2).sum(),
-        "bias": 0.5 * np.abs(bias).sum(),
+        "activity_penalty": (0.25 * np.abs(y).sum() + 0.125 * (y**2).sum())
+        / 4,  # by the batch size
+        "kernel_penalty": 0.01 * (kernel**2).sum(),
+        "bias_penalty": 0.5 * np.abs(bias).sum(),
     }
-    assert list(losses) == ["activity", "kernel", "bias"]  # Keras's order
+    assert list(losses) == ["activity_penalty", "kernel_penalty", "bias_penalty"]  # Keras's order
     for name, value in losses.items():
         assert value.shape == () and value.dtype == np.float32
         np.testing.assert_allclose(value, expected[name], rtol=1e-6)
@@ -219,9 +220,9 @@ def test_penalties_are_those_of_the_definition():
 @pytest.mark.parametrize(
     "setting, name",
     [
-        ("activity_regularizer", "activity"),
-        ("depthwise_regularizer", "kernel"),
-        ("bias_regularizer", "bias"),
+        ("activity_regularizer", "activity_penalty"),
+        ("depthwise_regularizer", "kernel_penalty"),
+        ("bias_regularizer", "bias_penalty"),
     ],
 )
 def test_a_penalty_is_present_only_where_a_regularizer_is_set(setting, name):
@@ -270,10 +271,12 @@ def test_a_layer_called_twice_adds_its_activity_and_counts_its_weights_once():
     _, losses_b = apply_with_losses(layer, variables, b)
     losses = state["losses"]["conv"]
     np.testing.assert_allclose(
-        losses["activity"], losses_a["activity"] + losses_b["activity"], rtol=1e-6
+        losses["activity_penalty"],
+        losses_a["activity_penalty"] + losses_b["activity_penalty"],
+        rtol=1e-6,
     )
-    assert losses["kernel"] == losses_a["kernel"] == losses_b["kernel"]
-    assert losses["bias"] == losses_a["bias"]
+    assert losses["kernel_penalty"] == losses_a["kernel_penalty"] == losses_b["kernel_penalty"]
+    assert losses["bias_penalty"] == losses_a["bias_penalty"]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -292,7 +295,7 @@ def test_penalties_are_computed_in_float32(dtype):
     x = np.full((1, 200, 200, 1), 1, dtype=jnp.dtype(dtype))
     y, losses = apply_with_losses(layer, layer.init(KEY, x), x)
     assert y.dtype == dtype
-    assert losses == {"activity": 80_000.0, "kernel": 1.0, "bias": 1.0}
+    assert losses == {"activity_penalty": 80_000.0, "kernel_penalty": 1.0, "bias_penalty": 1.0}
     assert {v.dtype for v in losses.values()} == {np.dtype("float32")}
 
 
@@ -300,7 +303,7 @@ def test_a_callable_of_the_users_is_given_float32_too():
     layer = DepthwiseConv2D(1, dtype="float16", activity_regularizer=lambda y: jnp.sum(y))
     params = {"kernel": np.ones((1, 1, 1, 1), "f4"), "bias": np.ones(1, "f4")}
     _, losses = apply_with_losses(layer, {"params": params}, np.ones((1, 300, 300, 1), "f4"))
-    assert losses["activity"] == 180_000.0
+    assert losses["activity_penalty"] == 180_000.0
 
 
 def test_penalties_of_float64_parameters_are_float32(x64):
@@ -369,13 +372,13 @@ def test_losses_are_sown_through_nested_models():
     y, state = jax.jit(lambda v, x: Net().apply(v, x, mutable=["losses"]))(variables, x)
     assert y.shape == (2, 6, 6, 4)
     assert jax.tree.map(jnp.shape, state["losses"]) == {
-        "DepthwiseConv2D_0": {"activity": ()},
-        "first": {"spatial": {"kernel": ()}},
-        "second": {"spatial": {"kernel": ()}},
+        "DepthwiseConv2D_0": {"activity_penalty": ()},
+        "first": {"spatial": {"kernel_penalty": ()}},
+        "second": {"spatial": {"kernel_penalty": ()}},
     }
     params = variables["params"]
     expected = sum(0.01 * np.sum(params[b]["spatial"]["kernel"] ** 2) for b in ("first", "second"))
-    expected += state["losses"]["DepthwiseConv2D_0"]["activity"]
+    expected += state["losses"]["DepthwiseConv2D_0"]["activity_penalty"]
     np.testing.assert_allclose(total_loss(state["losses"]), expected, rtol=1e-6)
 
 
@@ -807,7 +810,7 @@ def test_scan_over_layers():
     for kernel in kernels:
         expected = oracle.forward(expected, kernel, padding="same")
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
-    penalties = state["losses"]["conv"]["kernel"]
+    penalties = state["losses"]["conv"]["kernel_penalty"]
     np.testing.assert_allclose(penalties, 0.01 * (kernels**2).sum((1, 2, 3, 4)), rtol=1e-5)
 
 
@@ -827,7 +830,9 @@ def test_export_with_symbolic_batch():
         y, state = exported.call(x)
         expected, losses = apply_with_losses(layer, variables, x)
         np.testing.assert_allclose(y, expected, rtol=1e-5)
-        np.testing.assert_allclose(state["losses"]["activity"], losses["activity"], rtol=1e-5)
+        np.testing.assert_allclose(
+            state["losses"]["activity_penalty"], losses["activity_penalty"], rtol=1e-5
+        )
 
 
 def test_the_package_is_where_the_layer_is():

@@ -490,20 +490,48 @@ def test_an_activation_is_part_of_the_loop():
 
 @pytest.mark.parametrize("name", ["relu", "relu6"])
 def test_a_rectifier_is_part_of_the_loop_in_a_train_step_too(name):
-    """Its gradient reads its result; `jax.nn`'s reads the argument, which becomes an array."""
+    """Its gradient reads its result, which the layer keeps from being computed again.
+
+    Without that, and with the derivative of `jax.nn`, which reads the argument, the convolution
+    plus bias becomes an array.
+    """
     x, kernel = operands("3x3")
-    f = convolution("3x3", "auto")
+    layer = flax_dwconv.DepthwiseConv2D(3, padding="same", use_bias=False, activation=name)
 
-    def step(activation, x, k):
-        y, vjp = jax.vjp(lambda x, k: activation(f(x, k)), x, k)
-        return y, vjp(y)
+    def in_loop(activated):
+        def step(x, k):
+            y, vjp = jax.vjp(activated, x, k)
+            return y, vjp(y)
 
-    for activation in (activations.get(name), getattr(jax.nn, name)):
-        step_ = functools.partial(step, activation)
-        rectify = [loop for loop in computations(step_, x, kernel)
+        rectify = [loop for loop in computations(step, x, kernel)
                    if re.search(r"\[2,9,8,3\]\S* (maximum|clamp)\(", loop)]  # fmt: skip
-        in_loop = len(rectify) == 1 and " slice(" in rectify[0]
-        assert in_loop == (activation is not getattr(jax.nn, name)), rectify
+        return len(rectify) == 1 and " slice(" in rectify[0]
+
+    f = convolution("3x3", "auto")
+    assert in_loop(lambda x, k: layer.apply({"params": {"kernel": k}}, x))
+    for activation in (activations.get(name), getattr(jax.nn, name)):
+        assert not in_loop(lambda x, k, activation=activation: activation(f(x, k)))
+
+
+@pytest.mark.parametrize("name", ["relu", "relu6"])
+def test_nothing_of_ours_is_in_a_layer_that_is_left_to_xla(name):
+    """Nor in the jaxpr of any layer that is not differentiated."""
+    x, kernel = operands("3x3")
+    params = {"params": {"kernel": kernel, "bias": jnp.ones(kernel.shape[2])}}
+
+    def train(method):
+        layer = flax_dwconv.DepthwiseConv2D(3, padding="same", activation=name, method=method)
+        step = jax.value_and_grad(lambda p, x: (layer.apply(p, x) ** 2).sum())
+        return layer, step
+
+    layer, step = train("lax")
+    words = str(jax.make_jaxpr(step)(params, x))
+    assert "platform_index" not in words and "reduce_precision" not in words
+    layer, step = train("auto")
+    assert "platform_index" in str(jax.make_jaxpr(step)(params, x))  # the control
+    words = str(jax.make_jaxpr(layer.apply)(params, x))
+    assert "platform_index" not in words and "reduce_precision" not in words
+    assert words.count("conv_general_dilated[") == 1
 
 
 def test_results_that_are_read_again_are_computed_once():

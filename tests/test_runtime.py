@@ -28,8 +28,9 @@ import pytest
 from jax import lax
 
 import flax_dwconv
-from flax_dwconv import _lowering, benchmark, depthwise_conv2d
+from flax_dwconv import _lowering, depthwise_conv2d
 from flax_dwconv._lowering import forward, plan, program, rule
+from flax_dwconv.benchmark.cases import layers
 
 ROOT = pathlib.Path(flax_dwconv.__file__).parents[1]
 
@@ -572,9 +573,17 @@ constraints.Stacked(constraint, axis=0)
 constraints.UnitNorm(axis=0)
 constraints.get(identifier)
 constraints.serialize(obj)
-functional.check_method(method)
+functional.causal_conv1d(x, kernel, state=None, *, dilation_rate=1, segment_ids=None,
+    precision=None, method='auto')
+functional.depthwise_conv(x, kernel, *, strides=1, padding='valid', dilation_rate=1,
+    data_format='channels_last', precision=None, preferred_element_type=None, method='auto')
+functional.depthwise_conv1d(x, kernel, *, strides=1, padding='valid', dilation_rate=1,
+    data_format='channels_last', precision=None, preferred_element_type=None, method='auto')
 functional.depthwise_conv2d(x, kernel, *, strides=1, padding='valid', dilation_rate=1,
     data_format='channels_last', precision=None, preferred_element_type=None, method='auto')
+functional.depthwise_conv3d(x, kernel, *, strides=1, padding='valid', dilation_rate=1,
+    data_format='channels_last', precision=None, preferred_element_type=None, method='auto')
+functional.next_state(x, state)
 initializers.Array(values, argument='initializer')
 initializers.Constant(value=0.0)
 initializers.GlorotNormal(seed=None, input_axes=None, output_axes=None)
@@ -599,19 +608,71 @@ keras_io.from_keras(keras_layer)
 keras_io.load(path, *, config=None)
 keras_io.to_config(layer)
 keras_io.to_keras(layer, variables)
+linen.DepthwiseConv1D(kernel_size, strides=1, padding='valid', depth_multiplier=1,
+    data_format=None, dilation_rate=1, activation=None, use_bias=True,
+    depthwise_initializer='glorot_uniform', bias_initializer='zeros',
+    depthwise_regularizer=None, bias_regularizer=None, activity_regularizer=None,
+    depthwise_constraint=None, bias_constraint=None, dtype=None, param_dtype=<class
+    'jax.numpy.float32'>, precision=None, method='auto')
 linen.DepthwiseConv2D(kernel_size, strides=(1, 1), padding='valid', depth_multiplier=1,
     data_format=None, dilation_rate=(1, 1), activation=None, use_bias=True,
     depthwise_initializer='glorot_uniform', bias_initializer='zeros',
     depthwise_regularizer=None, bias_regularizer=None, activity_regularizer=None,
     depthwise_constraint=None, bias_constraint=None, dtype=None, param_dtype=<class
     'jax.numpy.float32'>, precision=None, method='auto')
-nnx.DepthwiseConv2D(in_features, kernel_size, strides=(1, 1), padding='valid',
+linen.DepthwiseConv3D(kernel_size, strides=1, padding='valid', depth_multiplier=1,
+    data_format=None, dilation_rate=1, activation=None, use_bias=True,
+    depthwise_initializer='glorot_uniform', bias_initializer='zeros',
+    depthwise_regularizer=None, bias_regularizer=None, activity_regularizer=None,
+    depthwise_constraint=None, bias_constraint=None, dtype=None, param_dtype=<class
+    'jax.numpy.float32'>, precision=None, method='auto')
+linen.SeparableConv1D(filters, kernel_size, strides=1, padding='valid', data_format=None,
+    dilation_rate=1, depth_multiplier=1, activation=None, use_bias=True,
+    depthwise_initializer='glorot_uniform', pointwise_initializer='glorot_uniform',
+    bias_initializer='zeros', depthwise_regularizer=None, pointwise_regularizer=None,
+    bias_regularizer=None, activity_regularizer=None, depthwise_constraint=None,
+    pointwise_constraint=None, bias_constraint=None, dtype=None, param_dtype=<class
+    'jax.numpy.float32'>, precision=None, method='auto')
+linen.SeparableConv2D(filters, kernel_size, strides=1, padding='valid', data_format=None,
+    dilation_rate=1, depth_multiplier=1, activation=None, use_bias=True,
+    depthwise_initializer='glorot_uniform', pointwise_initializer='glorot_uniform',
+    bias_initializer='zeros', depthwise_regularizer=None, pointwise_regularizer=None,
+    bias_regularizer=None, activity_regularizer=None, depthwise_constraint=None,
+    pointwise_constraint=None, bias_constraint=None, dtype=None, param_dtype=<class
+    'jax.numpy.float32'>, precision=None, method='auto')
+nnx.DepthwiseConv1D(in_features, kernel_size, *, strides=1, padding='valid', depth_multiplier=1,
+    data_format=None, dilation_rate=1, activation=None, use_bias=True,
+    depthwise_initializer='glorot_uniform', bias_initializer='zeros',
+    depthwise_regularizer=None, bias_regularizer=None, activity_regularizer=None,
+    depthwise_constraint=None, bias_constraint=None, dtype=None, param_dtype=<class
+    'jax.numpy.float32'>, precision=None, method='auto', rngs)
+nnx.DepthwiseConv2D(in_features, kernel_size, *, strides=(1, 1), padding='valid',
     depth_multiplier=1, data_format=None, dilation_rate=(1, 1), activation=None, use_bias=True,
     depthwise_initializer='glorot_uniform', bias_initializer='zeros',
     depthwise_regularizer=None, bias_regularizer=None, activity_regularizer=None,
     depthwise_constraint=None, bias_constraint=None, dtype=None, param_dtype=<class
-    'jax.numpy.float32'>, precision=None, method='auto', *, rngs)
+    'jax.numpy.float32'>, precision=None, method='auto', rngs)
+nnx.DepthwiseConv3D(in_features, kernel_size, *, strides=1, padding='valid', depth_multiplier=1,
+    data_format=None, dilation_rate=1, activation=None, use_bias=True,
+    depthwise_initializer='glorot_uniform', bias_initializer='zeros',
+    depthwise_regularizer=None, bias_regularizer=None, activity_regularizer=None,
+    depthwise_constraint=None, bias_constraint=None, dtype=None, param_dtype=<class
+    'jax.numpy.float32'>, precision=None, method='auto', rngs)
 nnx.Loss(*args, **kwargs)
+nnx.SeparableConv1D(in_features, filters, kernel_size, *, strides=1, padding='valid',
+    data_format=None, dilation_rate=1, depth_multiplier=1, activation=None, use_bias=True,
+    depthwise_initializer='glorot_uniform', pointwise_initializer='glorot_uniform',
+    bias_initializer='zeros', depthwise_regularizer=None, pointwise_regularizer=None,
+    bias_regularizer=None, activity_regularizer=None, depthwise_constraint=None,
+    pointwise_constraint=None, bias_constraint=None, dtype=None, param_dtype=<class
+    'jax.numpy.float32'>, precision=None, method='auto', rngs)
+nnx.SeparableConv2D(in_features, filters, kernel_size, *, strides=1, padding='valid',
+    data_format=None, dilation_rate=1, depth_multiplier=1, activation=None, use_bias=True,
+    depthwise_initializer='glorot_uniform', pointwise_initializer='glorot_uniform',
+    bias_initializer='zeros', depthwise_regularizer=None, pointwise_regularizer=None,
+    bias_regularizer=None, activity_regularizer=None, depthwise_constraint=None,
+    pointwise_constraint=None, bias_constraint=None, dtype=None, param_dtype=<class
+    'jax.numpy.float32'>, precision=None, method='auto', rngs)
 regularizers.L1(l1=0.01)
 regularizers.L1L2(l1=0.0, l2=0.0)
 regularizers.L2(l2=0.01)

@@ -105,11 +105,14 @@ def test_penalties_of_a_nested_model_and_mixed_precision():
 
     (value, (losses, y)), gradients = jax.value_and_grad(loss, has_aux=True)(params)
     first, second = (losses["layers_0"][f"DepthwiseConv2D_{i}"] for i in (0, 1))
-    assert set(first) == {"activity", "kernel"} and set(second) == {"kernel", "bias"}
+    assert set(first) == {"activity_penalty", "kernel_penalty"} and set(second) == {
+        "kernel_penalty",
+        "bias_penalty",
+    }
     assert {leaf.dtype for leaf in jax.tree.leaves((losses, gradients))} == {np.dtype("float32")}
     np.testing.assert_allclose(value, sum(map(float, jax.tree.leaves(losses))), rtol=1e-6)
     kernel = params["layers_0"]["DepthwiseConv2D_0"]["kernel"]
-    np.testing.assert_allclose(first["kernel"], regularizers.L2()(kernel), rtol=1e-6)
+    np.testing.assert_allclose(first["kernel_penalty"], regularizers.L2()(kernel), rtol=1e-6)
     np.testing.assert_allclose(
         gradients["layers_0"]["DepthwiseConv2D_1"]["kernel"],
         0.01 * np.sign(params["layers_0"]["DepthwiseConv2D_1"]["kernel"]),

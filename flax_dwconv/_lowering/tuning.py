@@ -43,12 +43,12 @@ class Tuning:
         Without regions it takes 1 to 4 times as long on a batch whose padded copy fits into no
         cache. For a 7x7 kernel, tiles of 4 outputs instead of 2 would take 0.8 to 0.9 of the time,
         but the 18 layers of a ConvNeXtTiny half a second longer to compile. Layers:
-        'MobileNetV1-*,ConvNeXtTiny-*'.
+        'MobileNetV1-*' 'ConvNeXtTiny-*'.
       padded_taps: the most taps of an image in regions that are padded, each by itself, because
         they read outside for some outputs. Padding them saves regions: a 3x3 kernel would have 49
         taps. Four padded taps are slower: 4 times for a 5x5 kernel along one dimension; and for a
         3x3 kernel along both dimensions where other operations are fused, MobileNetV2's inference
-        took 1.2 times as long. Layers: 'MobileNetV2-*,EfficientNet-*'.
+        took 1.2 times as long. Layers: 'MobileNetV2-*' 'EfficientNet-*'.
       tile_outputs: the most neighbouring outputs of a row that are computed together. Networks for
         images of 224x224 have rows of 7, 14, 28, 56 and 112 outputs, all multiples of 7. Layers:
         'ConvNeXtTiny-*'.
@@ -74,7 +74,7 @@ class Tuning:
       all_taps_elements: the fewest elements of the image for which that is done.
       all_taps_positions: neighbouring positions of the cotangent that such a pass sums up.
       row_taps: the most taps of a row of the kernel whose gradients one pass computes otherwise.
-        Layers for these and the next: 'MobileNetV3-*,ConvNeXtTiny-*'.
+        Layers for these and the next: 'MobileNetV3-*' 'ConvNeXtTiny-*'.
       row_products: about how many products such a pass has: taps times positions of the cotangent.
         Compile time grows with them.
       positions_together: the sums of all taps grow together, by so many positions of the cotangent
