@@ -155,14 +155,14 @@ def compare(params: Any, x: np.ndarray) -> dict[str, tuple[float, float, float]]
     layer: Any = depthwise(strides=2, depth_multiplier=1)
     conv: Any = nn.Conv(channels, (3, 3), strides=2, feature_group_count=channels)
 
-    def ours(weights, maps):
+    def ours(weights: Any, maps: Any) -> Any:
         return layer.apply({"params": weights}, maps)
 
-    def theirs(weights, maps):
+    def theirs(weights: Any, maps: Any) -> Any:
         grouped = weights | {"kernel": weights["kernel"].swapaxes(2, 3)}
         return nn.elu(conv.apply({"params": grouped}, maps))
 
-    def gradients(f):
+    def gradients(f: Callable[..., Any]) -> Callable[..., Any]:
         return jax.value_and_grad(lambda *args: (f(*args) ** 2).mean(0).sum(), argnums=(0, 1))
 
     return {
@@ -274,7 +274,7 @@ def _run(args: argparse.Namespace) -> None:
     cores = len(affinity(0)) if affinity else os.cpu_count()
     machine = f"{platform.system()} {platform.machine()}, {cores} cores"
 
-    def say(label, text):
+    def say(label: str, text: object) -> None:
         print(f"{label:<16}{text}", flush=True)  # at once: the progress bar is another stream
 
     print("A depthwise-separable classifier of handwritten digits\n")

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,6 +18,9 @@ from flax_dwconv.benchmark.cases import Case
 
 TINY = Case("tiny", 2, (5, 6), 4, (3, 3), 2)
 SMALL = Case("small", 1, (4, 4), 8, (3, 3), 1, "valid")
+SEQUENCE = Case("sequence", 2, (40,), 3, (5,), 1, "causal")
+VOLUME = Case("volume", 2, (4, 5, 6), 3, (3, 1, 3), (1, 2, 2))
+SMALLEST = {"images": TINY, "volumes": VOLUME, "sequences": SEQUENCE}
 
 
 # What is timed
@@ -30,6 +34,15 @@ def test_the_layers():
     assert {case.batch for case in layers} == {1, 8, 32}
     quick = cases.layers(quick=True)
     assert len(quick) == 12 and set(quick) < set(layers)
+
+
+def test_the_other_families():
+    sequences, volumes = cases.layers(family="sequences"), cases.layers(True, "volumes")
+    assert [case.sizes for case in sequences[:2]] == ["2048x1024 k4 s1", "2048x512 k31 s1"]
+    assert {case.padding for case in sequences} == {"causal"}
+    assert len({case.label for case in sequences}) == 6 and len(volumes) == 5
+    assert volumes[-1].sizes == "8x56x56x24 k3x3x3 s1x2x2"
+    assert volumes[-1].out_shape == (1, 8, 28, 28, 24)
 
 
 def test_drawn_layers():
@@ -53,7 +66,8 @@ def test_drawn_layers():
 )
 def test_flipped_images_turn_same_into_equal_pads(case):
     def convolve(padding, flip):
-        x, kernel, *_ = map(jnp.asarray, case.arrays(flip))
+        x, kernel, _ = map(jnp.asarray, case.arrays("forward"))
+        x, kernel = (jnp.flip(x, (1, 2)), jnp.flip(kernel, (0, 1))) if flip else (x, kernel)
         kernel, strides = kernel.swapaxes(2, 3), (case.stride,) * 2
         numbers = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "feature_group_count": 2}
         return lax.conv_general_dilated(x, kernel, strides, padding, **numbers)
@@ -64,15 +78,33 @@ def test_flipped_images_turn_same_into_equal_pads(case):
     np.testing.assert_allclose(y, convolve(pads, flip=True)[:, ::-1, ::-1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("peer", ["lax", "linen", "haiku", "torch"])
-@pytest.mark.parametrize("mode", cases.LAYER_MODES)
+PAIRS = [("images", peer) for peer in ("lax", "linen", "haiku", "torch")]
+PAIRS += [("volumes", peer) for peer in peers.FAMILIES["volumes"]]
+PAIRS += [("sequences", peer) for peer in ("lax", "shifts", "torch")]
+
+
+@pytest.mark.parametrize(("family", "peer"), PAIRS)
 @pytest.mark.filterwarnings("ignore")  # the peers' own
-def test_peers_compute_what_we_compute(peer, mode):
+def test_peers_compute_what_we_compute(family, peer):
     pytest.importorskip(peers.PEERS.get(peer, "jax"))
-    ours = driver.magnitudes(peers.WORKERS[peers.OURS]()(TINY, mode)["jit"]())
-    assert len(ours) == (1 if mode == "forward" else 4)
-    for variant in peers.WORKERS[peer]()(TINY, mode).values():
-        np.testing.assert_allclose(driver.magnitudes(variant()), ours, rtol=1e-4)
+    case, modes = SMALLEST[family], cases.MODES[family]
+    ours, theirs = peers.WORKERS[peers.OURS](), peers.WORKERS[peer]()
+    for mode in modes:
+        wanted = driver.magnitudes(ours(case, mode)["jit"]())
+        results = 2 if family == "sequences" else 1  # the next state
+        assert len(wanted) == (results + 3 if mode == "train" else results)
+        for variant in theirs(case, mode).values():
+            np.testing.assert_allclose(driver.magnitudes(variant()), wanted, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode", cases.MODES["sequences"])
+def test_the_sum_of_shifts_is_ours_position_by_position(mode):
+    case = SMALLEST["sequences"]
+    ours, shifts = (peers.WORKERS[name]()(case, mode)["jit"]() for name in (peers.OURS, "shifts"))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(shifts), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    batch, length = {"step-1": (1, 1), "step-16": (16, 1), "chunk": (1, 16)}.get(mode, (2, 40))
+    assert ours[0].shape == (batch, length, 3) and ours[1].shape == (batch, 4, 3)
 
 
 # How it is timed
@@ -94,11 +126,12 @@ def test_measure(durations, fresh, budget, first, counted, monkeypatch):
 
     def call():
         clock[0] += left.pop(0)
-        return "result"
+        return {"a": np.full(2, -3.0)}
 
     monkeypatch.setattr(driver.time, "perf_counter", lambda: clock[0])
     lower_quartile = sorted(counted)[len(counted) // 4]
-    assert driver.measure(call, budget, fresh) == (first, lower_quartile, "result")
+    magnitudes = [3.0] if fresh else None
+    assert driver.measure(call, budget, fresh) == (first, lower_quartile, magnitudes)
     assert not left
 
 
@@ -175,7 +208,7 @@ def test_ctrl_c_keeps_what_has_been_measured(tmp_path, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(driver, "take_turns", interrupted)
-    monkeypatch.setattr(cases, "layers", lambda quick: [SMALL])
+    monkeypatch.setattr(cases, "layers", lambda *args: [SMALL])
     path = tmp_path / "run.json"
     assert program.main(["--layers", "--peers", "linen", "--json", str(path)]) == 130
     assert "stopped before the end" in capsys.readouterr().out
@@ -183,7 +216,7 @@ def test_ctrl_c_keeps_what_has_been_measured(tmp_path, capsys, monkeypatch):
 
 
 def test_a_real_run_and_its_report(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cases, "layers", lambda quick: [TINY])
+    monkeypatch.setattr(cases, "layers", lambda *args: [TINY])
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
     path, picture = tmp_path / "run.json", tmp_path / "run.png"
     argv = ["--quick", "--layers", "tiny", "--peers", "linen", "--rounds", "2"]
@@ -194,7 +227,7 @@ def test_a_real_run_and_its_report(tmp_path, capsys, monkeypatch):
     assert document["environment"]["XLA_FLAGS"] == "--xla_backend_optimization_level=0"
     assert document["machine"]["cpu"] and document["versions"]["jax"] and not document["failures"]
     assert {(row["case"], row["mode"], row["peer"]) for row in document["times"]} == {
-        ("tiny/2", mode, peer) for mode in cases.LAYER_MODES for peer in (peers.OURS, "linen")
+        ("tiny/2", mode, peer) for mode in ("forward", "train") for peer in (peers.OURS, "linen")
     }
     assert all(len(t["seconds"]) == 2 and min(t["seconds"]) > 0 for t in document["times"])
 
@@ -217,6 +250,7 @@ def document(**times):
         "commit": None,
         "rounds": 2,
         "stopped": False,
+        "modes": ["forward", "train"],
         "cases": [{"label": case.label, "sizes": case.sizes} for case in (SMALL, TINY)],
         "networks": ["MobileNetV2", "ConvNeXtTiny"],
         "peers": ["torch", "linen"],
@@ -287,6 +321,30 @@ def test_the_tables():
     assert "- forward, spread, medians: ours 1.25, PyTorch 1.25, flax.linen 1.25" in lines
 
 
+def test_the_tables_of_sequences():
+    found = document()
+    found |= {"modes": ["forward", "step-1"], "networks": [], "peers": ["torch", "shifts"]}
+    found["times"] = [
+        {"case": case, "mode": mode, "peer": peer, "variant": ""}
+        | {"seconds": [seconds], "first": [first]}
+        for case, mode, peer, seconds, first in [
+            ("small/1", "forward", peers.OURS, 1e-3, 0.4),
+            ("small/1", "forward", "shifts", 2e-3, 0.1),
+            ("tiny/2", "forward", peers.OURS, 1e-3, 0.9),
+            ("tiny/2", "forward", "shifts", 0.5e-3, 0.9),
+            ("tiny/2", "step-1", peers.OURS, 2e-5, 0.3),
+            ("tiny/2", "step-1", "torch", 1e-5, 0.3),
+        ]
+    ]
+    text = report.markdown(found)
+    table, lines = rows(text), text.splitlines()
+    assert ["forward", "-", "1.00x"] in table and ["forward, worst case", "-", "0.500x"] in table
+    assert ["step of 1, worst case", "0.500x", "-"] in table
+    assert "- forward, first call, ours over the sum of shifts: 2.00x" in lines  # sqrt(4 * 1)
+    assert "- step of 1, first call, ours over the sum of shifts: -" in lines
+    assert "sum of shifts: " not in report.markdown(document())
+
+
 @pytest.mark.parametrize("empty", [False, True])
 def test_the_picture(empty, tmp_path):
     times = document() | ({"times": []} if empty else {})
@@ -310,12 +368,14 @@ def test_the_picture(empty, tmp_path):
         (["--networks"], 0, 3),
         (["--networks", "MobileNetV2", "ConvNeXtTiny", "--layers", "ConvNeXtTiny-1"], 2, 2),
         (["--draw", "0", "7"], 7, 0),
+        (["--family", "sequences"], 6, 0),
+        (["--family", "volumes", "--quick"], 5, 0),
     ],
 )
 def test_what_is_chosen(argv, layers, networks):
     args = program.parse(argv)
     assert (len(args.cases), len(args.networks)) == (layers, networks)
-    assert args.peers == list(peers.PEERS)
+    assert args.peers == list(peers.FAMILIES[args.family])
 
 
 @pytest.mark.parametrize(
@@ -326,6 +386,11 @@ def test_what_is_chosen(argv, layers, networks):
         (["--rounds", "0"], "argument --rounds: must be at least 1, got 0."),
         (["--layers", "VGG*"], "argument --layers: must match names of layers, got 'VGG*'."),
         (["--draw", "1", "2", "--layers"], "not allowed with argument"),
+        (
+            ["--peers", "shifts"],
+            "argument --peers: must be of torch, tensorflow, linen, haiku, got s",
+        ),
+        (["--family", "volumes", "--draw", "0", "1"], "must be of --family images, got volumes."),
         (["--plot", "a.gif"], "argument --plot: must end in .png, .svg or .pdf, got 'a.gif'."),
         (["--json", "absent/a.json"], "must be in a folder that exists, got 'absent/a.json'."),
         (["--networks", "--plot", "a.png"], "needs layers, which --networks alone leaves out."),

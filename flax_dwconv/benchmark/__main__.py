@@ -18,17 +18,18 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m flax_dwconv.benchmark",
         description="Time this package beside PyTorch, TensorFlow, flax.linen and Haiku.",
-        epilog="Without --layers, --draw and --networks all is timed, with --quick twelve layers.",
+        epilog="Without --layers, --draw and --networks all of the family is timed.",
     )
     add, error, which = parser.add_argument, parser.error, parser.add_mutually_exclusive_group()
     file = {"type": pathlib.Path, "metavar": "FILE"}
-    add("--quick", action="store_true", help="twelve layers, short times: some minutes")
+    add("--family", choices=cases.MODES, default="images", help="of layers, default %(default)s")
+    add("--quick", action="store_true", help="twelve layers of images, short times: some minutes")
     patterns = "time these layers, by patterns such as 'Xception*' MobileNetV1-7/32"
     which.add_argument("--layers", nargs="*", metavar="NAME", help=patterns)
-    drawn = "time N random layers"
+    drawn = "time N random layers on images"
     which.add_argument("--draw", nargs=2, type=int, metavar=("SEED", "N"), help=drawn)
     add("--networks", nargs="*", choices=cases.NETWORKS, help="time networks, all or these")
-    add("--peers", nargs="+", choices=peers.PEERS, default=[*peers.PEERS], help="default all")
+    add("--peers", nargs="+", choices=peers.PEERS, help="default all of the family")
     add("--rounds", type=int, help="default 5, with --quick 3")
     add("--device", action="store_true", help="time layers on a GPU or TPU, beside XLA's own")
     add("--json", **file, help="save all times")
@@ -45,16 +46,20 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             error(f"argument --{name}: must be in a folder that exists, got '{path}'.")
     if args.plot and args.plot.suffix.lower() not in (".png", ".svg", ".pdf"):
         error(f"argument --plot: must end in .png, .svg or .pdf, got '{args.plot}'.")
+    images, known = args.family == "images", peers.FAMILIES[args.family]
+    if others := [peer for peer in args.peers or () if peer not in known]:
+        error(f"argument --peers: must be of {', '.join(known)}, got {', '.join(others)}.")
+    args.peers = args.peers or [*known]
+    if args.draw and not images:
+        error(f"argument --draw: must be of --family images, got {args.family}.")
     everything = args.layers is args.draw is args.networks is None
-    if args.networks is None:
-        args.networks = cases.NETWORKS if everything and not (args.quick or args.device) else ()
-    elif not args.networks:
-        args.networks = cases.NETWORKS
+    whole = args.networks == [] or (everything and images and not (args.quick or args.device))
+    args.networks = cases.NETWORKS if whole else args.networks or ()
     args.cases = cases.drawn(*args.draw) if args.draw else []
     patterns = (args.layers or ["*"]) if everything or args.layers is not None else []
     for pattern in patterns:
-        known = cases.layers(args.quick)
-        found = [case for case in known if fnmatch.filter([case.name, case.label], pattern)]
+        layers = cases.layers(args.quick, args.family)
+        found = [case for case in layers if fnmatch.filter([case.name, case.label], pattern)]
         if not found:
             error(f"argument --layers: must match names of layers, got {pattern!r}.")
         args.cases += [case for case in found if case not in args.cases]

@@ -5,21 +5,29 @@ import re
 
 import numpy as np
 
-LAYER_MODES = ("forward", "train")
+MODES = {  # of each family of layers
+    "images": ("forward", "train"),
+    "volumes": ("forward", "train"),
+    "sequences": ("forward", "state", "train", "step-1", "step-16", "chunk"),
+}
+_PIECES = {"step-1": (1, (1,)), "step-16": (16, (1,)), "chunk": (1, (16,))}  # batch, size
 NETWORK_MODES = ("infer", "train")
 NETWORKS = ("MobileNetV2", "EfficientNetB0", "ConvNeXtTiny")  # of keras.applications
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One layer: depthwise convolution, bias and relu6, in float32, channels last."""
+    """One layer, in float32, channels last: depthwise convolution, bias and relu6.
+
+    With the padding "causal", it is the convolution alone, and gives the next state too.
+    """
 
     name: str
     batch: int
-    size: tuple[int, ...]  # of the images: (h, w)
+    size: tuple[int, ...]  # (l,), (h, w) or (d, h, w)
     channels: int
-    kernel: tuple[int, ...]  # (kh, kw)
-    stride: int  # of every dimension
+    kernel: tuple[int, ...]  # as long as `size`
+    stride: int | tuple[int, ...]  # of every dimension, or of each
     padding: str = "same"
 
     @property
@@ -30,30 +38,33 @@ class Case:
     @property
     def sizes(self) -> str:
         """What the layer looks like, in one line."""
-        image, kernel = (*self.size, self.channels), self.kernel
-        return f"{'x'.join(map(str, image))} k{'x'.join(map(str, kernel))} s{self.stride}"
+        parts = (*self.size, self.channels), self.kernel, np.atleast_1d(self.stride)
+        return "{} k{} s{}".format(*("x".join(map(str, part)) for part in parts))
 
     @property
     def out_shape(self) -> tuple[int, ...]:
-        """The shape of the result, `(n, ho, wo, c)`."""
-        reach = self.kernel if self.padding == "valid" else (1,) * len(self.size)
-        size = ((s - r) // self.stride + 1 for s, r in zip(self.size, reach, strict=True))
-        return self.batch, *size, self.channels
+        """The shape of the result, for images `(n, ho, wo, c)`."""
+        reach = self.kernel if self.padding == "valid" else 1
+        size = np.subtract(self.size, reach) // self.stride + 1
+        return self.batch, *size.tolist(), self.channels
 
-    def arrays(self, flip: bool = False) -> tuple[np.ndarray, ...]:
-        """Returns x, kernel `(kh, kw, c, 1)`, bias and cotangent, all of normal random numbers.
+    def arrays(self, mode: str) -> tuple[np.ndarray, ...]:
+        """Returns what the layer is called with, all of normal random numbers.
 
         Args:
-          flip: mirrors images and kernel, so that "same" pads more at the start than at the end.
+          mode: one of the family's `MODES`.
+
+        Returns:
+          x, kernel `(*kernel, c, 1)`, and bias, or of a causal layer the state unless `mode` is
+          "forward"; with "train", at last the cotangent of the result.
         """
+        (batch, size), c = _PIECES.get(mode, (self.batch, self.size)), self.channels
+        shapes = [(batch, *size, c), (*self.kernel, c, 1), (c,)]
+        if self.padding == "causal":
+            shapes[2:] = [] if mode == "forward" else [(batch, self.kernel[0] - 1, c)]
+        shapes += [self.out_shape] if mode == "train" else []
         block = np.random.default_rng(0).standard_normal(65521, np.float32)  # prime: no stripes
-        x = np.resize(block, (self.batch, *self.size, self.channels))
-        kernel = np.resize(block, (*self.kernel, self.channels, 1))
-        bias, g = np.resize(block, self.channels), np.resize(block, self.out_shape)
-        if flip:
-            axes = tuple(range(x.ndim - 1))
-            x, kernel, g = np.flip(x, axes[1:]), np.flip(kernel, axes[:-1]), np.flip(g, axes[1:])
-        return tuple(np.ascontiguousarray(array) for array in (x, kernel, bias, g))
+        return tuple(np.resize(block, shape) for shape in shapes)
 
 
 # The depthwise layers of keras.applications, each where it appears first: the size of the images,
@@ -76,10 +87,27 @@ _QUICK = """
 MobileNetV1-1/1 MobileNetV1-7/1 MobileNetV1-9/32 MobileNetV2-1/1 MobileNetV2-2/8 MobileNetV2-8/32
 MobileNetV3-8/1 EfficientNet-1/8 EfficientNet-6/1 Xception-2/1 ConvNeXtTiny-1/1 ConvNeXtTiny-4/32
 """
+# Batch, length, channels, taps: short convolutions of recurrent models, and of a Conformer.
+_SEQUENCES = [(1, 2048, 1024, 4), (1, 2048, 512, 31), (8, 512, 256, 4), (1, 600, 512, 31)]
+_SEQUENCES += [(2, 1024, 768, 3), (4, 256, 1536, 2)]
+# Batch, size, channels, window, strides: of networks for videos.
+_VOLUMES = [(1, (8, 28, 28), 64, (3, 3, 3), 1), (2, (16, 14, 14), 96, (3, 3, 3), 1)]
+_VOLUMES += [(1, (8, 56, 56), 24, window, 1) for window in ((1, 3, 3), (3, 1, 1))]
+_VOLUMES += [(1, (8, 56, 56), 24, (3, 3, 3), (1, 2, 2))]
 
 
-def layers(quick: bool = False) -> list[Case]:
-    """Returns the layers, each with a batch of one and a larger one; or twelve of these."""
+def layers(quick: bool = False, family: str = "images") -> list[Case]:
+    """Returns the layers of a family.
+
+    Args:
+      quick: of the images, each with a batch of one and a larger one, only twelve.
+      family: one of `MODES`.
+    """
+    if family == "sequences":
+        sizes = enumerate(_SEQUENCES, 1)
+        return [Case(f"causal-{i}", n, (s,), c, (k,), 1, "causal") for i, (n, s, c, k) in sizes]
+    if family == "volumes":
+        return [Case(f"volume-{i}", *sizes) for i, sizes in enumerate(_VOLUMES, 1)]
     found, count = [], {}
     for network, images in re.findall(r"(\w+) (.+)", _LAYERS):
         for side, on_them in re.findall(r"(\d+): ([^,]+)", images):

@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 from unittest import mock
 
+import jax
 import numpy as np
 
 from flax_dwconv.benchmark.cases import Case
@@ -21,37 +22,48 @@ from flax_dwconv.benchmark.peers import BACKENDS, WORKERS, Build
 
 TIMEOUT = 600  # seconds for one answer: far more than any case takes, compilation included
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+Measured = tuple[float, float | None, list[float] | None]
 Turn = tuple[Any, str, Sequence[str]]  # case or name of a network, mode, names of workers
 
 
-def measure(f: Callable[[], Any], budget: float, fresh: bool) -> tuple[float, float | None, Any]:
+def timed(f: Callable[[], Any]) -> tuple[float, Any]:
+    """Returns the seconds that a call takes, and its result."""
+    start = time.perf_counter()
+    result = f()
+    return time.perf_counter() - start, result
+
+
+def repeated(f: Callable[[], Any], budget: float) -> list[float]:
+    """Returns the seconds of each of the calls that take `budget` seconds together."""
+    calls, total = [], 0.0
+    while total < budget:
+        calls.append(timed(f)[0])
+        total += calls[-1]
+    return calls
+
+
+def measure(f: Callable[[], Any], budget: float, fresh: bool) -> Measured:
     """Repeats a call for `budget` seconds after a warm-up.
 
     Returns:
-      Seconds of the first call, the lower quartile of the calls that count, and a result. It is not
-      their minimum, because a fast call is repeated more often and has more chances of a lucky one.
-      Without a budget there is only the first call, which compiles if it is fresh.
+      Seconds of the first call, the lower quartile of the calls that count, and if it is fresh the
+      magnitudes of its results. The quartile is not the minimum, because a fast call is repeated
+      more often and has more chances of a lucky one. Without a budget there is only the first call,
+      which compiles if it is fresh.
     """
-
-    def call():
-        start = time.perf_counter()
-        result = f()
-        return time.perf_counter() - start, result
-
-    first, result = call()
+    first, result = timed(f)
     calls = [] if fresh else [first]
-    while sum(calls) < budget / 4:
-        calls.append(call()[0])
+    calls += repeated(f, budget / 4 - sum(calls))
     if sum(calls) < budget:  # they were the warm-up, which a single slow call does not need
-        calls = []
-        while sum(calls) < budget:
-            calls.append(call()[0])
-    return first, sorted(calls)[len(calls) // 4] if calls else None, result
+        calls = repeated(f, budget)
+    quartile = sorted(calls)[len(calls) // 4] if calls else None
+    return first, quartile, magnitudes(result) if fresh else None
 
 
-def magnitudes(arrays: Sequence[Any]) -> list[float]:
-    """Returns the mean magnitude of each result, by which the peers are compared."""
-    arrays = [a.detach() if hasattr(a, "detach") else a for a in arrays]  # PyTorch
+def magnitudes(results: Any) -> list[float]:
+    """Returns the mean magnitude of each result of a pytree, by which the peers are compared."""
+    leaves = jax.tree.leaves(results)
+    arrays = [a.detach() if hasattr(a, "detach") else a for a in leaves]  # PyTorch
     return [float(np.abs(np.asarray(a, np.float64)).mean()) for a in arrays]
 
 
@@ -61,36 +73,23 @@ def serve(start: Callable[[], Build], connection: Connection, log: str, device: 
     for stream in (sys.stdout, sys.stderr):  # of what frameworks print the last line may be of use
         os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), stream.fileno())
     build: Any = None
-    last, variants, ran = None, {}, set()
-
-    def answer(*request):
-        nonlocal build, last, variants
-        if not request:
-            import jax
-
-            if device and jax.default_backend() == "cpu":
-                raise RuntimeError("JAX found no GPU or TPU here, only the CPU")
-            build = start()
-            return {}
-        *subject, budget = request
-        if last != subject:
-            variants = {}  # frees the arrays before there are new ones
-            last, variants = subject, build(*subject)
-        found = {}
-        for name, f in variants.items():
-            fresh = (*subject, name) not in ran
-            ran.add((*subject, name))
-            first, seconds, result = measure(f, budget, fresh)
-            found[name] = first, seconds, magnitudes(result) if fresh else None
-        return found
-
-    request = ()  # the first one: get ready
+    last, variants, ran = None, {}, {None}
+    request: Any = ()  # the first one: get ready
     with contextlib.suppress(EOFError):
         while True:
             gc.collect()
             gc.disable()
             try:
-                said = answer(*request)
+                if not request:
+                    if device and jax.default_backend() == "cpu":
+                        raise RuntimeError("JAX found no GPU or TPU here, only the CPU")
+                    build = start()
+                elif last != request[:-1]:
+                    variants = {}  # frees the arrays before there are new ones
+                    last, variants = request[:-1], build(*request[:-1])
+                fresh = last not in ran
+                said = {name: measure(f, request[-1], fresh) for name, f in variants.items()}
+                ran.add(last)
             except Exception as error:  # of a framework: any of them; the next case may succeed
                 last, said = None, f"{type(error).__name__}: {error}".split("\n")[0]
             gc.enable()
@@ -166,9 +165,8 @@ class Results:
                 known = self.magnitudes.setdefault((label, mode), magnitudes)
                 if not np.allclose(magnitudes, known, rtol=1e-3, atol=1e-6):
                     raise ChildProcessError("its results are not those of the others")
-            times = self.times.setdefault(
-                (label, mode, name, variant), {"seconds": [], "first": []}
-            )
+            key, none = (label, mode, name, variant), {"seconds": [], "first": []}
+            times = self.times.setdefault(key, none)
             times["seconds"] += [seconds] if seconds else []
             times["first"] += [first] if magnitudes else []  # in this process
 

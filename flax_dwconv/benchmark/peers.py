@@ -1,125 +1,146 @@
 """The peers that are timed: functions that import their framework, each in its own process.
 
 They return `build(subject, mode)`, which returns the variants of doing that work: functions without
-arguments that return when their results are there. A layer in JAX needs less: `layer(case)`, which
-returns `apply(x, kernel, bias)`, a function that `jax_layer` compiles and differentiates.
+arguments that return when their results, a pytree, are there. A layer in JAX needs less:
+`layer(case)`, which returns a function of x, kernel and bias to the result, or if it is causal of
+x, kernel and state to the result and the next state; `jax_layer` compiles and differentiates it.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+import flax_dwconv
 from flax_dwconv.benchmark.cases import Case
 
-Variants = Mapping[str, Callable[[], Sequence[Any]]]
-Build = Callable[[Any, str], Variants]
+Work = Callable[[], Any]
+Build = Callable[[Any, str], Mapping[str, Work]]
+Apply = Callable[..., Any]
+Layer = Callable[[Case], Apply]
 
 OURS, LAX = "flax_dwconv", "lax"
 PEERS = {"torch": "torch", "tensorflow": "tensorflow", "linen": "flax", "haiku": "haiku"}  # modules
+PEERS |= {"shifts": "jax"}
+FAMILIES = {"images": ("torch", "tensorflow", "linen", "haiku"), "volumes": ("torch", "linen")}
+FAMILIES |= {"sequences": ("torch", "shifts")}
 ON_JAX = PLAIN, FAST, POINTWISE = "keras-jax", "keras-jax-accelerated", "keras-jax-pointwise"
 BACKENDS = {"keras-tensorflow": "tensorflow", "keras-torch": "torch"}  # of Keras, beside JAX
 RATE = 1e-4  # of SGD: too low to lead anywhere
 
 
-def jax_layer(layer: Callable[[Case], Callable]) -> Build:
-    """Layers under `jax.jit`."""
-    import jax
+@functools.cache  # jax.jit keeps what it compiled with the function
+def compiled(layer: Layer, case: Case, train: bool) -> Apply:
+    """Returns the layer under `jax.jit`; to `train`, with the gradients to all its operands."""
+    apply = layer(case)
 
+    def step(*arrays: jax.Array) -> Any:
+        *operands, g = arrays
+        y, vjp, *state = jax.vjp(apply, *operands, has_aux=case.padding == "causal")
+        return y, state, vjp(g)
+
+    return jax.jit(step if train else apply)
+
+
+def jax_layer(layer: Layer) -> Build:
+    """Layers under `jax.jit`."""
     jax.block_until_ready(jax.jit(lambda x: x + 1)(np.ones(8)))  # XLA's start is no compile time
 
-    @functools.cache  # jax.jit keeps what it compiled with the function
-    def compiled(case, mode):
-        def run(x, kernel, bias, g):
-            if mode == "forward":
-                return [layer(case)(x, kernel, bias)]
-            y, vjp = jax.vjp(layer(case), x, kernel, bias)
-            return [y, *vjp(g)]
-
-        return jax.jit(run)
-
-    def build(case, mode):
-        f, arrays = compiled(case, mode), [*map(jax.numpy.asarray, case.arrays())]
+    def build(case: Case, mode: str) -> dict[str, Work]:
+        f, arrays = compiled(layer, case, mode == "train"), [*map(jnp.asarray, case.arrays(mode))]
         return {"jit": lambda: jax.block_until_ready(f(*arrays))}
 
     return build
 
 
-def our_layer(case: Case, method: Any = "auto") -> Callable:
+def our_layer(case: Case, method: Any = "auto") -> Apply:
     """This package's layer."""
-    import flax_dwconv
-
+    if case.padding == "causal":
+        return partial(flax_dwconv.causal_conv1d, method=method)
     make = getattr(flax_dwconv, f"DepthwiseConv{len(case.size)}D")
     layer = make(case.kernel, case.stride, case.padding, activation="relu6", method=method)
     return lambda x, kernel, bias: layer.apply({"params": {"bias": bias, "kernel": kernel}}, x)
 
 
-def linen_layer(case: Case) -> Callable:
+def linen_layer(case: Case) -> Apply:
     """`flax.linen.Conv`, one group for each channel."""
-    import flax.linen as nn
-
     c, padding = case.channels, case.padding.upper()
     layer: Any = nn.Conv(c, case.kernel, case.stride, padding, feature_group_count=c)
-
-    def apply(x, kernel, bias):  # a kernel (kh, kw, 1, c)
-        params = {"bias": bias, "kernel": kernel.swapaxes(-1, -2)}
-        return nn.relu6(layer.apply({"params": params}, x))
-
-    return apply
+    return lambda x, kernel, bias: nn.relu6(  # a kernel (kh, kw, 1, c)
+        layer.apply({"params": {"bias": bias, "kernel": kernel.swapaxes(-1, -2)}}, x)
+    )
 
 
-def haiku_layer(case: Case) -> Callable:
+def haiku_layer(case: Case) -> Apply:
     """`haiku.DepthwiseConv2D`."""
     import haiku
-    import jax
 
     @haiku.without_apply_rng
     @haiku.transform
-    def layer(x):
+    def layer(x: Any) -> Any:
         make, padding = getattr(haiku, f"DepthwiseConv{len(case.size)}D"), case.padding.upper()
-        return jax.nn.relu6(make(1, case.kernel, case.stride, padding=padding, name="layer")(x))
+        return nn.relu6(make(1, case.kernel, case.stride, padding=padding, name="layer")(x))
 
-    def apply(x, kernel, bias):  # a kernel (kh, kw, 1, c)
-        return layer.apply({"layer": {"b": bias, "w": kernel.swapaxes(-1, -2)}}, x)
+    return lambda x, kernel, bias: layer.apply(  # a kernel (kh, kw, 1, c)
+        {"layer": {"b": bias, "w": kernel.swapaxes(-1, -2)}}, x
+    )
+
+
+def shifts_layer(case: Case) -> Apply:
+    """The causal convolution as JAX programs write it by hand: a sum of shifted inputs."""
+
+    def apply(x: Any, kernel: Any, state: Any = None) -> tuple[Any, Any]:
+        if state is None:
+            state = jnp.zeros((len(x), len(kernel) - 1, case.channels), x.dtype)
+        past, length = jnp.concatenate([state, x], axis=1), x.shape[1]
+        terms = (past[:, i : i + length] * kernel[None, None, i, :, 0] for i in range(len(kernel)))
+        return functools.reduce(operator.add, terms), past[:, length:]
 
     return apply
 
 
 def torch_layer() -> Build:
-    """PyTorch, in both of its memory formats."""
+    """PyTorch, with the channels first and last in memory."""
     import torch
     from torch.nn import functional
 
-    def build(case, mode):
-        # PyTorch pads both ends alike. On flipped images that is what "same" does, because the
-        # window never reaches the last row: it is the same work with the same numbers.
-        same, convolve = case.padding == "same", getattr(functional, f"conv{len(case.size)}d")
+    def build(case: Case, mode: str) -> dict[str, Work]:
+        train, same, c = mode == "train", case.padding == "same", case.channels
+        convolve: Any = partial(getattr(functional, f"conv{len(case.size)}d"), groups=c)
         pads = [k // 2 if same else 0 for k in case.kernel]
-        x, kernel, bias, g = map(torch.from_numpy, case.arrays(flip=same))
-        arrays = x.movedim(-1, 1), kernel.movedim((-2, -1), (0, 1)), bias, g.movedim(-1, 1)
 
-        def variant(layout):
-            *operands, cotangent = (
-                a.clone(memory_format=layout if a.ndim == 4 else torch.contiguous_format)
-                for a in arrays
-            )
-            for array in operands:
-                array.requires_grad_(mode == "train")
+        def forward(x: Any, kernel: Any, *other: Any) -> Any:
+            if case.padding != "causal":
+                y = convolve(x, kernel, *other, case.stride, pads)
+                return functional.relu6(y, inplace=True), ()
+            past, before = torch.cat([*other, x], -1) if other else x, case.kernel[0] - 1
+            y = convolve(past, kernel, padding=0 if other else before)[..., : x.shape[-1]]
+            return y, past[..., past.shape[-1] - before :]
 
-            def run():
-                with torch.inference_mode(mode == "forward"):
-                    y = convolve(*operands, case.stride, pads, groups=case.channels)
-                    y = functional.relu6(y, inplace=True)
-                if mode == "forward":
-                    return [y]
-                return [y, *torch.autograd.grad(y, operands, cotangent)]
+        def run(operands: list[Any], cotangent: list[Any]) -> Any:
+            with torch.inference_mode(not train):
+                y, state = forward(*operands)
+            return y, state, torch.autograd.grad(y, operands, *cotangent) if train else ()
 
-            return run
-
-        layouts = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
-        return {name: variant(layout) for name, layout in layouts.items()}
+        x, kernel, *others = map(torch.from_numpy, case.arrays(mode))
+        arrays = x, kernel.movedim(-2, 0), *others
+        if same:
+            # PyTorch pads both ends alike. On flipped images that is what "same" does, because the
+            # window never reaches the last row: it is the same work with the same numbers.
+            arrays = [a.flip([*range(1, a.ndim - 1)]) for a in arrays]
+        copy = partial(torch.clone, memory_format=torch.contiguous_format)
+        last = [copy(a).movedim(-1, min(1, a.ndim - 1)) for a in arrays]
+        layouts = {"contiguous": [copy(a) for a in last], "channels-last": last}
+        return {
+            name: partial(run, [a.requires_grad_(train) for a in laid[:3]], laid[3:])
+            for name, laid in layouts.items()
+        }
 
     return build
 
@@ -129,34 +150,34 @@ def tensorflow_layer() -> Build:
     import tensorflow as tf
 
     @functools.cache  # a tf.function keeps its graphs
-    def compiled(case, mode):
+    def compiled(case: Case, train: bool) -> Callable[..., Any]:
         @tf.function
-        def run(x, kernel, bias, g):
+        def run(x: Any, kernel: Any, bias: Any, *cotangent: Any) -> Any:
             with tf.GradientTape() as tape:
-                tape.watch([x, kernel, bias] if mode == "train" else [])
+                tape.watch([x, kernel, bias] if train else [])
                 strides, padding = [1, case.stride, case.stride, 1], case.padding.upper()
                 y = tf.nn.depthwise_conv2d(x, kernel, strides, padding)
                 y = tf.nn.relu6(tf.nn.bias_add(y, bias))
-            return [y] if mode == "forward" else [y, *tape.gradient(y, [x, kernel, bias], g)]
+            return y, tape.gradient(y, [x, kernel, bias], *cotangent) if train else ()
 
         return run
 
-    def build(case, mode):
-        f, arrays = compiled(case, mode), [*map(tf.constant, case.arrays())]
-        return {"function": lambda: f(*arrays)}
+    def build(case: Case, mode: str) -> dict[str, Work]:
+        f, arrays = compiled(case, mode == "train"), map(tf.constant, case.arrays(mode))
+        return {"function": partial(f, *arrays)}
 
     return build
 
 
-def keras_network(network: Callable[..., Callable]) -> Build:
+def keras_network(network: Callable[..., Work]) -> Build:
     """Networks of `keras.applications` with random weights, on the backend of this process."""
     import keras
 
-    def loss(y, logits):
+    def loss(y: Any, logits: Any) -> Any:
         entropy = keras.losses.sparse_categorical_crossentropy(y, logits, from_logits=True)
         return keras.ops.mean(entropy)
 
-    def build(name, mode):
+    def build(name: str, mode: str) -> dict[str, Work]:
         keras.utils.set_random_seed(0)
         model = getattr(keras.applications, name)(weights=None, classifier_activation=None)
         x = np.random.default_rng(0).standard_normal((1, 224, 224, 3), np.float32)
@@ -166,20 +187,16 @@ def keras_network(network: Callable[..., Callable]) -> Build:
     return build
 
 
-def on_jax(model: Any, x: Any, loss: Any, train: bool, accelerate: Any = None) -> Callable:
+def on_jax(model: Any, x: Any, loss: Any, train: bool, accelerate: Any = None) -> Work:
     """The model as a pure function under `jax.jit`, its state donated as Keras's trainer does."""
-    import jax
-
-    import flax_dwconv
-
     variables = model.trainable_variables, model.non_trainable_variables
     state = [[v.value for v in group] for group in variables]
 
-    def forward(weights, others):
+    def forward(weights: Any, others: Any) -> tuple[Any, Any]:
         y, others = model.stateless_call(weights, others, x, training=train)
         return loss(y) if train else y, others
 
-    def step(weights, others):
+    def step(weights: Any, others: Any) -> tuple[Any, Any]:
         if not train:
             return forward(weights, others)[0], None
         (value, others), grads = jax.value_and_grad(forward, has_aux=True)(weights, others)
@@ -189,50 +206,50 @@ def on_jax(model: Any, x: Any, loss: Any, train: bool, accelerate: Any = None) -
     if accelerate is not None:  # its keyword arguments
         compiled = flax_dwconv.accelerate(compiled, **accelerate)
 
-    def run():
+    def run() -> Any:
         nonlocal state
         value, new = jax.block_until_ready(compiled(*state))
         state = new or state
-        return [value]
+        return value
 
     return run
 
 
-def on_tensorflow(model: Any, x: Any, loss: Any, train: bool) -> Callable:
+def on_tensorflow(model: Any, x: Any, loss: Any, train: bool) -> Work:
     """The model as a `tf.function`."""
     import tensorflow as tf
 
     weights = [v.value for v in model.trainable_variables]
 
     @tf.function
-    def run():
+    def run() -> Any:
         if not train:
-            return [model(x, training=False)]
+            return model(x, training=False)
         with tf.GradientTape() as tape:
             value = loss(model(x, training=True))
         for w, g in zip(weights, tape.gradient(value, weights), strict=True):
             w.assign_sub(RATE * g)
-        return [value]
+        return value
 
     return run
 
 
-def on_torch(model: Any, x: Any, loss: Any, train: bool) -> Callable:
+def on_torch(model: Any, x: Any, loss: Any, train: bool) -> Work:
     """The model as PyTorch runs it: eagerly."""
     import torch
 
     weights = [v.value for v in model.trainable_variables]
 
-    def run():
+    def run() -> Any:
         with torch.inference_mode(not train):
             y = model(x, training=train)
         if not train:
-            return [y]
+            return y
         value = loss(y)
         with torch.no_grad():
             for w, g in zip(weights, torch.autograd.grad(value, weights), strict=True):
                 w.sub_(g, alpha=RATE)
-        return [value]
+        return value
 
     return run
 
@@ -242,6 +259,7 @@ WORKERS: dict[str, Callable[[], Build]] = {
     LAX: partial(jax_layer, partial(our_layer, method="lax")),
     "linen": partial(jax_layer, linen_layer),
     "haiku": partial(jax_layer, haiku_layer),
+    "shifts": partial(jax_layer, shifts_layer),
     "torch": torch_layer,
     "tensorflow": tensorflow_layer,
     PLAIN: partial(keras_network, on_jax),

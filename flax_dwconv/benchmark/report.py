@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from flax_dwconv.benchmark.cases import LAYER_MODES, NETWORK_MODES
+from flax_dwconv.benchmark.cases import NETWORK_MODES
 from flax_dwconv.benchmark.peers import BACKENDS, FAST, ON_JAX, OURS, PLAIN, POINTWISE
 
 NAMES = {"torch": "PyTorch", "tensorflow": "TensorFlow", "linen": "flax.linen", "haiku": "Haiku"}
-NAMES |= {"lax": "XLA", "forward": "forward", "train": "forward and gradients"}
+NAMES |= {"lax": "XLA", "shifts": "sum of shifts"}
+NAMES |= {"forward": "forward", "train": "forward and gradients", "state": "forward with a state"}
+NAMES |= {"step-1": "step of 1", "step-16": "step of 16", "chunk": "16 positions"}
 NAMES |= {"infer": "inference", PLAIN: "plain JAX", FAST: "accelerated", POINTWISE: "pointwise"}
 NAMES |= {"keras-tensorflow": "TensorFlow", "keras-torch": "PyTorch", OURS: "ours"}
-LOOKS = {"torch": ("o", "#d9702b"), "tensorflow": ("s", "#c9a227"), "linen": ("o", "#1f5a96")}
-LOOKS |= {"haiku": ("x", "#5aa0a0"), "lax": ("D", "#1f5a96")}
 HOW = """A time is the minimum over the rounds of each round's lower quartile. Its spread is the
 median over the rounds divided by that minimum. A speed-up is a peer's time divided by ours."""
 
@@ -34,13 +34,15 @@ class Report:
         rows["time"] = rows.seconds.map(min)
         several = np.where(rows.seconds.map(len) > 1, 1, np.nan)  # a single round has no spread
         rows["spread"] = several * rows.seconds.map(np.median) / rows.time
-        rows["compile"] = (rows["first"].map(min) - rows.time).clip(lower=0)
+        rows["first"] = rows["first"].map(min)
+        rows["compile"] = (rows["first"] - rows.time).clip(lower=0)
         self._best = rows.sort_values("time").drop_duplicates(key).set_index(key)
         self.names = {case["label"]: case["sizes"] for case in document["cases"]}
         self.peers, self.networks = document["peers"], document["networks"]
+        self.modes = document["modes"]
 
     def table(self, what: str, mode: str, network: bool = False) -> Any:
-        """Returns the "time", "spread" or "compile" of layers or networks, a column each peer."""
+        """Returns the times, or another column, of layers or networks: a column for each peer."""
         index = self.networks if network else list(self.names)
         columns = [*ON_JAX, *BACKENDS] if network else [OURS, *self.peers]
         one = self._best[self._best.index.get_level_values("mode") == mode].droplevel("mode")[what]
@@ -87,11 +89,11 @@ def layers(report: Report, mode: str) -> str:
 
 
 def summary(report: Report) -> str:
-    """Returns the speed-up over each peer, over the fastest one, and how much times vary."""
+    """Returns the speed-ups over the peers, how much times vary, and the times to compile."""
     import pandas as pd
 
     rows, lines = {}, []
-    for mode in LAYER_MODES:
+    for mode in report.modes:
         over = report.speedups(mode)
         rows |= {NAMES[mode]: mean(over), f"{NAMES[mode]}, worst case": over.min()}
         if len(fastest := over.min(axis=1).dropna()):
@@ -105,6 +107,10 @@ def summary(report: Report) -> str:
             medians = report.table(what, mode).median().items()
             said = ", ".join(f"{NAMES[peer]} {number(value)}" for peer, value in medians)
             lines.append(f"- {NAMES[mode]}, {words}, medians: {said}")
+        if "shifts" in report.peers:
+            first = report.table("first", mode)
+            ratio = times(mean(first[OURS] / first["shifts"]))
+            lines.append(f"- {NAMES[mode]}, first call, ours over the sum of shifts: {ratio}")
     frame = pd.DataFrame(rows).T.map(times)
     return "\n".join([markdown_table(f"over, {len(report.names)} layers", frame), "", *lines])
 
@@ -137,7 +143,7 @@ def markdown(document: Mapping[str, Any]) -> str:
         HOW,
     ]
     if report.names:
-        parts += [*(layers(report, mode) for mode in LAYER_MODES), summary(report)]
+        parts += [*(layers(report, mode) for mode in report.modes), summary(report)]
     parts += [networks(report)] if report.networks else []
     parts += [f"failed: {what}: {why}" for what, why in document["failures"].items()]
     return "\n\n".join([*parts, *(["stopped before the end"] if document["stopped"] else [])])
@@ -149,22 +155,21 @@ def draw(document: Mapping[str, Any], path: pathlib.Path) -> None:
     from matplotlib.figure import Figure  # without pyplot: no window, no display
     from matplotlib.ticker import LogLocator
 
-    report = Report(document)
+    report, panels = Report(document), len(document["modes"])
     names = [f"{label}   {sizes}" for label, sizes in report.names.items()]
     rows = np.arange(len(names))
     style = {"font.size": 9, "ytick.labelsize": 8, "axes.grid": True, "grid.alpha": 0.25}
     with matplotlib.style.context(["default", style]):
-        figure: Any = Figure(figsize=(11, 2.2 + 0.21 * len(names)), layout="constrained")
-        panels = figure.subplots(1, 2, sharex=True, sharey=True)
-        for axes, mode in zip(panels, LAYER_MODES, strict=True):
+        size = 2 + 4.5 * panels, 2.2 + 0.21 * len(names)
+        figure: Any = Figure(figsize=size, layout="constrained")
+        panels = figure.subplots(1, panels, sharex=True, sharey=True)
+        for axes, mode in zip(panels, report.modes, strict=True):
             over = report.speedups(mode)
             fastest = over.min(axis=1)
             colors = np.where(fastest < 1, "#b3262e", "#8a8f98")
             axes.hlines(rows, 1, fastest, colors, lw=3, alpha=0.45, zorder=2)
-            for peer in report.peers:
-                marker, color = LOOKS[peer]
-                look = {"c": color, "marker": marker, "label": NAMES[peer]}
-                axes.scatter(over[peer], rows, 26, zorder=3, **look)
+            for peer, marker in zip(report.peers, "osxD", strict=False):
+                axes.scatter(over[peer], rows, 26, marker=marker, zorder=3, label=NAMES[peer])
             axes.axvline(1, color="black", lw=1, zorder=1)
             title = f"{NAMES[mode]}: fastest peer takes {times(mean(fastest))} our time"
             axes.set_title(title, fontsize=9.5, fontweight="bold")
@@ -175,11 +180,9 @@ def draw(document: Mapping[str, Any], path: pathlib.Path) -> None:
         panels[0].set_yticks(rows, names)
         panels[0].set_ylim(len(names) - 0.5, -0.5)
         handles = panels[0].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside lower center", ncols=len(LOOKS), frameon=False)
+        figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False)
         where = "{cpu}, {cores} cores".format(**document["machine"])
-        figure.suptitle(
-            f"Depthwise convolution, bias, relu6 on {where}: right of 1x, we are faster"
-        )
+        figure.suptitle(f"Depthwise convolutions on {where}: right of 1x, we are faster")
         buffer = io.BytesIO()  # in memory first: no half-written file, whatever happens
         figure.savefig(buffer, format=path.suffix[1:].lower(), dpi=130)
     path.write_bytes(buffer.getvalue())

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from flax_dwconv.benchmark import driver
-from flax_dwconv.benchmark.cases import LAYER_MODES, NETWORK_MODES
+from flax_dwconv.benchmark.cases import MODES, NETWORK_MODES
 from flax_dwconv.benchmark.peers import BACKENDS, LAX, ON_JAX, OURS, PEERS
 
 PACKAGES = "python jax jaxlib keras numpy torch tensorflow tensorflow-cpu flax dm-haiku".split()
@@ -54,8 +54,9 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     absent = [name for name, module in wanted.items() if not importlib.util.find_spec(module)]
     peers = [LAX] if args.device else [peer for peer in args.peers if peer not in absent]
     backends = [*ON_JAX, *(name for name in BACKENDS if name not in absent)]
+    modes = MODES[args.family]
     count, budget = args.rounds or (3 if args.quick else 5), 0.05 if args.quick else 0.2
-    turns = [(case, mode, [OURS, *peers]) for case in args.cases for mode in LAYER_MODES]
+    turns = [(case, mode, [OURS, *peers]) for case in args.cases for mode in modes]
     sessions: list[Any] = [(turns, count, budget)] if turns else []
     networks = [] if "keras" in absent else args.networks
     for turn in ((name, mode) for name in networks for mode in NETWORK_MODES):
@@ -76,6 +77,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
         **where(),
         "rounds": count,
         "stopped": stopped,
+        "modes": [*modes],
         "cases": [dataclasses.asdict(c) | {"label": c.label, "sizes": c.sizes} for c in args.cases],
         "networks": [*networks],
         "peers": peers,
