@@ -35,28 +35,38 @@ BACKENDS = {"keras-tensorflow": "tensorflow", "keras-torch": "torch"}  # of Kera
 RATE = 1e-4  # of SGD: too low to lead anywhere
 
 
-@functools.cache  # jax.jit keeps what it compiled with the function
-def compiled(layer: Layer, case: Case, train: bool) -> Apply:
-    """Returns the layer under `jax.jit`; to `train`, with the gradients to all its operands."""
-    apply = layer(case)
+def compiled_layer(make: Callable[..., Apply], convert: Any, wait: Any = lambda y: y) -> Build:
+    """Layers that are compiled: `make(case, train)`, which gives gradients too if it is to train.
 
-    def step(*arrays: jax.Array) -> Any:
-        *operands, g = arrays
-        y, vjp, *state = jax.vjp(apply, *operands, has_aux=case.padding == "causal")
-        return y, state, vjp(g)
+    Args:
+      make: makes what is called with x, kernel, bias or state, and to train the cotangent.
+      convert: from numpy to the framework's arrays.
+      wait: for results, where calls return before these are there.
+    """
+    make = functools.cache(make)  # what a framework compiled is kept with the function
 
-    return jax.jit(step if train else apply)
+    def build(case: Case, mode: str) -> dict[str, Work]:
+        f, arrays = make(case, mode == "train"), [*map(convert, case.arrays(mode))]
+        return {"jit": lambda: wait(f(*arrays))}
+
+    return build
 
 
 def jax_layer(layer: Layer) -> Build:
     """Layers under `jax.jit`."""
     jax.block_until_ready(jax.jit(lambda x: x + 1)(np.ones(8)))  # XLA's start is no compile time
 
-    def build(case: Case, mode: str) -> dict[str, Work]:
-        f, arrays = compiled(layer, case, mode == "train"), [*map(jnp.asarray, case.arrays(mode))]
-        return {"jit": lambda: jax.block_until_ready(f(*arrays))}
+    def make(case: Case, train: bool) -> Apply:
+        apply, causal = layer(case), case.padding == "causal"
 
-    return build
+        def step(*arrays: jax.Array) -> Any:
+            *operands, g = arrays
+            y, vjp, *state = jax.vjp(apply, *operands, has_aux=causal)
+            return y, *state, vjp(g)
+
+        return jax.jit(step if train else apply)
+
+    return compiled_layer(make, jnp.asarray, jax.block_until_ready)
 
 
 def our_layer(case: Case, method: Any = "auto") -> Apply:
@@ -119,9 +129,11 @@ def torch_layer() -> Build:
             if case.padding != "causal":
                 y = convolve(x, kernel, *other, case.stride, pads)
                 return functional.relu6(y, inplace=True), ()
-            past, before = torch.cat([*other, x], -1) if other else x, case.kernel[0] - 1
-            y = convolve(past, kernel, padding=0 if other else before)[..., : x.shape[-1]]
-            return y, past[..., past.shape[-1] - before :]
+            before = case.kernel[0] - 1
+            if other:  # the state
+                past = torch.cat([*other, x], -1)
+                return convolve(past, kernel), past[..., -before:]
+            return convolve(x, kernel, padding=before)[..., : x.shape[-1]], x[..., -before:]
 
         def run(operands: list[Any], cotangent: list[Any]) -> Any:
             with torch.inference_mode(not train):
@@ -149,8 +161,7 @@ def tensorflow_layer() -> Build:
     """TensorFlow, as a `tf.function`."""
     import tensorflow as tf
 
-    @functools.cache  # a tf.function keeps its graphs
-    def compiled(case: Case, train: bool) -> Callable[..., Any]:
+    def make(case: Case, train: bool) -> Apply:
         @tf.function
         def run(x: Any, kernel: Any, bias: Any, *cotangent: Any) -> Any:
             with tf.GradientTape() as tape:
@@ -162,20 +173,14 @@ def tensorflow_layer() -> Build:
 
         return run
 
-    def build(case: Case, mode: str) -> dict[str, Work]:
-        f, arrays = compiled(case, mode == "train"), map(tf.constant, case.arrays(mode))
-        return {"function": partial(f, *arrays)}
-
-    return build
+    return compiled_layer(make, tf.constant)
 
 
 def keras_network(network: Callable[..., Work]) -> Build:
     """Networks of `keras.applications` with random weights, on the backend of this process."""
     import keras
 
-    def loss(y: Any, logits: Any) -> Any:
-        entropy = keras.losses.sparse_categorical_crossentropy(y, logits, from_logits=True)
-        return keras.ops.mean(entropy)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
     def build(name: str, mode: str) -> dict[str, Work]:
         keras.utils.set_random_seed(0)

@@ -155,14 +155,13 @@ def draw(document: Mapping[str, Any], path: pathlib.Path) -> None:
     from matplotlib.figure import Figure  # without pyplot: no window, no display
     from matplotlib.ticker import LogLocator
 
-    report, panels = Report(document), len(document["modes"])
+    report, width = Report(document), 2 + 4.5 * len(document["modes"])
     names = [f"{label}   {sizes}" for label, sizes in report.names.items()]
     rows = np.arange(len(names))
     style = {"font.size": 9, "ytick.labelsize": 8, "axes.grid": True, "grid.alpha": 0.25}
     with matplotlib.style.context(["default", style]):
-        size = 2 + 4.5 * panels, 2.2 + 0.21 * len(names)
-        figure: Any = Figure(figsize=size, layout="constrained")
-        panels = figure.subplots(1, panels, sharex=True, sharey=True)
+        figure: Any = Figure(figsize=(width, 2.2 + 0.21 * len(names)), layout="constrained")
+        panels = figure.subplots(1, len(report.modes), sharex=True, sharey=True)
         for axes, mode in zip(panels, report.modes, strict=True):
             over = report.speedups(mode)
             fastest = over.min(axis=1)

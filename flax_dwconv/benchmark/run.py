@@ -54,9 +54,8 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     absent = [name for name, module in wanted.items() if not importlib.util.find_spec(module)]
     peers = [LAX] if args.device else [peer for peer in args.peers if peer not in absent]
     backends = [*ON_JAX, *(name for name in BACKENDS if name not in absent)]
-    modes = MODES[args.family]
     count, budget = args.rounds or (3 if args.quick else 5), 0.05 if args.quick else 0.2
-    turns = [(case, mode, [OURS, *peers]) for case in args.cases for mode in modes]
+    turns = [(case, mode, [OURS, *peers]) for case in args.cases for mode in MODES[args.family]]
     sessions: list[Any] = [(turns, count, budget)] if turns else []
     networks = [] if "keras" in absent else args.networks
     for turn in ((name, mode) for name in networks for mode in NETWORK_MODES):
@@ -77,7 +76,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
         **where(),
         "rounds": count,
         "stopped": stopped,
-        "modes": [*modes],
+        "modes": [*MODES[args.family]],
         "cases": [dataclasses.asdict(c) | {"label": c.label, "sizes": c.sizes} for c in args.cases],
         "networks": [*networks],
         "peers": peers,
