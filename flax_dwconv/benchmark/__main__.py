@@ -17,7 +17,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Returns the arguments, all checked; exits with code 2 and the reason for a bad one."""
     parser = argparse.ArgumentParser(
         prog="python -m flax_dwconv.benchmark",
-        description="Time this package beside PyTorch, TensorFlow, flax.linen and Haiku.",
+        description="Time this package beside PyTorch, TensorFlow, flax.linen, Haiku, shifts.",
         epilog="Without --layers, --draw and --networks all of the family is timed.",
     )
     add, error, which = parser.add_argument, parser.error, parser.add_mutually_exclusive_group()
