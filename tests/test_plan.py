@@ -8,10 +8,10 @@ import pathlib
 
 import pytest
 
-from flax_dwconv import benchmark
 from flax_dwconv._lowering import forward_plan, kernel_gradient_plan, plan, tuning
 from flax_dwconv._lowering.axis import Axis
 from flax_dwconv._lowering.plan import Operand
+from flax_dwconv.benchmark.cases import layers
 
 ROOM = pathlib.Path(plan.__file__).parent
 IMAGE, KERNEL, COTANGENT = (0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2)
@@ -296,13 +296,13 @@ def test_elsewhere_it_is_what_one_writes_by_hand(make):
 def test_the_quick_layers_of_the_benchmark():
     """A change here is a change of what is compiled for real networks."""
     found = {}
-    for case in benchmark.cases(quick=True):
-        sizes = case.n, case.h, case.c, case.k, case.stride
+    for case in layers(quick=True):
+        sizes = case.batch, case.size[0], case.channels, case.kernel[0], case.stride
         gradient = planned(kernel_gradient(*sizes)).algorithm
         found[case.label] = (
             *sorted(set(kinds(planned(forward(*sizes))))),
             *sorted(set(kinds(planned(input_gradient(*sizes))))),
-            "all" if math.prod(gradient.taps) == case.k**2 else "rows",
+            "all" if math.prod(gradient.taps) == math.prod(case.kernel) else "rows",
             "loop" if gradient.loop else "unrolled",
         )
     assert found == {
