@@ -342,8 +342,11 @@ def causal_conv1d(
         raise ValueError("`segment_ids` and `state` exclude each other, got both.")
     zeros = jnp.zeros(shape, x.dtype)
     if segment_ids is not None:
-        y = _of_segments(x, kernel, _geometry.as_array(segment_ids, "segment_ids"), window)
-        return y, next_state(x, zeros)
+        ids = _segments(segment_ids, x)
+        return _sum_of_shifts(x, kernel, zeros, window, ids), next_state(x, zeros)
+    if x.shape[-2] <= _SHORT and method != "lax":
+        state = zeros if state is None else _state(state, x, shape)
+        return _sum_of_shifts(x, kernel, state, window), next_state(x, state)
     conv = functools.partial(
         depthwise_conv, dilation_rate=dilation_rate, precision=precision, method=method
     )
@@ -396,36 +399,53 @@ def _continued(
     return lax.concatenate([first, conv(x, kernel)], axis)
 
 
-def _of_segments(
-    x: jax.Array, kernel: jax.Array, segment_ids: jax.Array, window: _geometry.Window
-) -> jax.Array:
-    """Convolves `x` causally, where each position reads its own segment only.
+# Pieces of at most so many positions are summed up tap by tap. As convolutions of their own, single
+# steps take 1.0 to 3.3 times as long, and 16 positions of one sequence 0.95 to 4 times.
+_SHORT = 16
 
-    Which taps count depends on the position, so that it is no convolution: it is the sum over taps
-    of the shifted inputs, each masked. A NaN of another segment is masked too.
-    """
-    if segment_ids.shape != x.shape[:-1]:
+
+def _segments(segment_ids: ArrayLike, x: jax.Array) -> jax.Array:
+    """Returns the segment of each position as an array, once shape and dtype are checked."""
+    ids = _geometry.as_array(segment_ids, "segment_ids")
+    if ids.shape != x.shape[:-1]:
         raise ValueError(
             f"`segment_ids` must have shape (*batch, l), which is {x.shape[:-1]} for `x` of shape "
-            f"{x.shape}, got {segment_ids.shape}."
+            f"{x.shape}, got {ids.shape}."
         )
-    if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-        raise TypeError(f"`segment_ids` must be integers, got {segment_ids.dtype.name}.")
-    k, c, m = kernel.shape
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise TypeError(f"`segment_ids` must be integers, got {ids.dtype.name}.")
+    return ids
+
+
+def _sum_of_shifts(
+    x: jax.Array,
+    kernel: jax.Array,
+    state: jax.Array,
+    window: _geometry.Window,
+    segment_ids: jax.Array | None = None,
+) -> jax.Array:
+    """Convolves `x` after `state`, as the sum over taps of the inputs shifted by each.
+
+    With segments, which taps count depends on the position, so that it is no convolution: each
+    shift is masked. That masks a NaN of another segment too.
+    """
+    (k, c, m), (distance,) = kernel.shape, window.dilation_rate
     length, axis = x.shape[-2], x.ndim - 2
-    history = window.effective_size[0] - 1
-    # What is before the sequence is 0 in whichever segment it seems to be.
-    none = [(0, 0, 0)] * axis
-    past = lax.pad(x, jnp.zeros((), x.dtype), [*none, (history, 0, 0), (0, 0, 0)])
-    ids = lax.pad(segment_ids, jnp.zeros((), segment_ids.dtype), [*none, (history, 0, 0)])
     low = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
     accumulator = jnp.dtype("float32") if low else x.dtype
-    y = jnp.zeros((*x.shape, m), accumulator)
+    past = lax.concatenate([state.astype(x.dtype), x], axis)
+    if segment_ids is not None:
+        # What is before the sequence is 0 in whichever segment it seems to be.
+        pads = [(0, 0, 0)] * axis + [(state.shape[-2], 0, 0)]
+        ids = lax.pad(segment_ids, jnp.zeros((), segment_ids.dtype), pads)
+    terms = []
     for a in range(k):
-        start = a * window.dilation_rate[0]
-        same = lax.slice_in_dim(ids, start, start + length, axis=axis) == segment_ids
-        read = lax.slice_in_dim(past, start, start + length, axis=axis)
-        read = jnp.where(same[..., None], read, jnp.zeros((), x.dtype)).astype(accumulator)
-        weights = kernel[a].astype(accumulator)
-        y = y + read[..., None] * weights.reshape(*[1] * axis, 1, c, m)
+        at = a * distance, a * distance + length
+        read = lax.slice_in_dim(past, *at, axis=axis)
+        if segment_ids is not None:
+            same = lax.slice_in_dim(ids, *at, axis=axis) == segment_ids
+            read = jnp.where(same[..., None], read, jnp.zeros((), x.dtype))
+        weights = kernel[a].astype(accumulator).reshape(*[1] * axis, 1, c, m)
+        terms.append(read[..., None].astype(accumulator) * weights)
+    y = functools.reduce(lax.add, terms)
     return y.reshape(*x.shape[:-1], c * m).astype(x.dtype)

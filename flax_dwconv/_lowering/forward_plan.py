@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from flax_dwconv._lowering.axis import Axis
-from flax_dwconv._lowering.tuning import Tuning
+from flax_dwconv._lowering.tuning import Effort, Tuning
 
 # For each dimension, what `Axis.phases` returns.
 Phases = Sequence[Sequence[tuple[range, Axis]]]
@@ -154,7 +154,8 @@ def choose(
     elements = 0 if interleaved else max(image, results)
     effort = [effort for effort in tuning.efforts if elements >= effort.elements][-1]
     padded, region_taps = _regions(phases, effort.region_taps, tuning)
-    regions = region_taps <= effort.region_taps
+    reason = None if interleaved else _better_in_tiles(axes, effort, tuning)
+    regions = region_taps <= effort.region_taps and reason is None
     crop = None
     if interleaved and not regions:
         crop, phases = _same_image(phases)
@@ -164,7 +165,7 @@ def choose(
         algorithm = Regions(padded) if regions else _padded(geometry, effort.products, tuning)
         chosen.append(Phase(taps, geometry, algorithm))
     counts = tuple(len(of_axis) for of_axis in phases)
-    why = "{} taps in regions, {} {} for {}".format(
+    why = reason or "{} taps in regions, {} {} for {}".format(
         region_taps,
         "at most" if regions else "more than",
         effort.region_taps,
@@ -216,6 +217,29 @@ def _regions(phases: Phases, most: int, tuning: Tuning) -> tuple[tuple[bool, ...
         else:
             taps *= sum(len(run.taps) for _, axis in of_axis for run in axis.runs())
     return tuple(padded), taps
+
+
+def _better_in_tiles(axes: Sequence[Axis], effort: Effort, tuning: Tuning) -> str | None:
+    """Returns why an image would be slower in regions than padded, however few its taps are.
+
+    Args:
+      axes: the geometry, without phases.
+      effort: how much may be compiled.
+      tuning: the constants.
+    """
+    kernel = math.prod(axis.kernel for axis in axes)
+    if effort.products < 2 * kernel:
+        return None  # tiles would have one output
+    # Runs of a dimension are at most as many as the taps that are cut off somewhere, and one.
+    cut = [sum(run.count < axis.out for _, run in axis.reads().values()) for axis in axes]
+    if not any(cut):
+        if kernel >= tuning.whole_image_tile_taps:
+            return f"no tap reads outside, and {kernel} taps share what they load in tiles"
+    elif sum(taps > 0 for taps in cut) > tuning.region_dimensions:
+        return f"regions along more than {tuning.region_dimensions} dimensions"
+    elif max(cut) + 1 > tuning.region_runs:
+        return f"more than {tuning.region_runs} regions along a dimension"
+    return None
 
 
 def _padded(axes: Sequence[Axis], products: int, tuning: Tuning) -> Zeros | Rows | Tiles | Loop:

@@ -49,6 +49,14 @@ class Tuning:
         taps. Four padded taps are slower: 4 times for a 5x5 kernel along one dimension; and for a
         3x3 kernel along both dimensions where other operations are fused, MobileNetV2's inference
         took 1.2 times as long. Layers: 'MobileNetV2-*' 'EfficientNet-*'.
+      region_dimensions: the most dimensions along which an image is cut into regions. LLVM does not
+        vectorise the regions of three: with tiles, a 3x3x3 kernel takes 0.15 to 0.35 of the time.
+        Command for this and the next two: `--family volumes` and `--family sequences`.
+      region_runs: the most regions along one dimension. With more, tiles take 0.35 to 1.1 of the
+        time: kernels of 9 to 27 taps along a sequence, "same" or causal.
+      whole_image_tile_taps: from as many taps on, tiles are taken where no tap reads outside the
+        image, so that nothing has to be padded. Tiles then take 0.6 to 1.2 of the time that single
+        outputs take for 16 taps, 0.2 to 0.9 for 31 to 50; for 11 taps and fewer 0.8 to 4.7.
       tile_outputs: the most neighbouring outputs of a row that are computed together. Networks for
         images of 224x224 have rows of 7, 14, 28, 56 and 112 outputs, all multiples of 7. Layers:
         'ConvNeXtTiny-*'.
@@ -94,6 +102,9 @@ class Tuning:
         Effort(1 << 19, region_taps=400, products=350),
     )
     padded_taps: int = 2
+    region_dimensions: int = 2
+    region_runs: int = 8
+    whole_image_tile_taps: int = 16
     tile_outputs: int = 7
     row_outputs: int = 8
     unrolled_taps: int = 64
