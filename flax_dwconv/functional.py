@@ -433,7 +433,8 @@ def _sum_of_shifts(
     length, axis = x.shape[-2], x.ndim - 2
     low = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
     accumulator = jnp.dtype("float32") if low else x.dtype
-    past = lax.concatenate([state.astype(x.dtype), x], axis)
+    past = jnp.repeat(lax.concatenate([state.astype(x.dtype), x], axis), m, axis=-1)
+    weights = kernel.astype(accumulator).reshape(k, *[1] * axis, c * m)
     if segment_ids is not None:
         # What is before the sequence is 0 in whichever segment it seems to be.
         pads = [(0, 0, 0)] * axis + [(state.shape[-2], 0, 0)]
@@ -445,7 +446,5 @@ def _sum_of_shifts(
         if segment_ids is not None:
             same = lax.slice_in_dim(ids, *at, axis=axis) == segment_ids
             read = jnp.where(same[..., None], read, jnp.zeros((), x.dtype))
-        weights = kernel[a].astype(accumulator).reshape(*[1] * axis, 1, c, m)
-        terms.append(read[..., None].astype(accumulator) * weights)
-    y = functools.reduce(lax.add, terms)
-    return y.reshape(*x.shape[:-1], c * m).astype(x.dtype)
+        terms.append(read.astype(accumulator) * weights[a])
+    return functools.reduce(lax.add, terms).astype(x.dtype)

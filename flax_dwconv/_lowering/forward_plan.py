@@ -235,8 +235,8 @@ def _better_in_tiles(axes: Sequence[Axis], effort: Effort, tuning: Tuning) -> st
     if not any(cut):
         if kernel >= tuning.whole_image_tile_taps:
             return f"no tap reads outside, and {kernel} taps share what they load in tiles"
-    elif sum(taps > 0 for taps in cut) > tuning.region_dimensions:
-        return f"regions along more than {tuning.region_dimensions} dimensions"
+    elif sum(taps > 1 for taps in cut) > tuning.region_dimensions:
+        return f"taps cut off at both ends of more than {tuning.region_dimensions} dimensions"
     elif max(cut) + 1 > tuning.region_runs:
         return f"more than {tuning.region_runs} regions along a dimension"
     return None

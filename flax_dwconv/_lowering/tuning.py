@@ -49,9 +49,11 @@ class Tuning:
         taps. Four padded taps are slower: 4 times for a 5x5 kernel along one dimension; and for a
         3x3 kernel along both dimensions where other operations are fused, MobileNetV2's inference
         took 1.2 times as long. Layers: 'MobileNetV2-*' 'EfficientNet-*'.
-      region_dimensions: the most dimensions along which an image is cut into regions. LLVM does not
-        vectorise the regions of three: with tiles, a 3x3x3 kernel takes 0.15 to 0.35 of the time.
-        Command for this and the next two: `--family volumes` and `--family sequences`.
+      region_dimensions: the most dimensions along which taps may be cut off at both ends of an image
+        in regions. With three, LLVM often does not vectorise: in tiles, a 3x3x3 kernel takes 0.15
+        to 0.35 of the time, and where LLVM does, up to 1.2. With strides of 1, 2 and 2, of which
+        two cut off at one end only, regions take 0.4 of the time. Command for this and the next
+        two: `--family volumes` and `--family sequences`.
       region_runs: the most regions along one dimension. With more, tiles take 0.35 to 1.1 of the
         time: kernels of 9 to 27 taps along a sequence, "same" or causal.
       whole_image_tile_taps: from as many taps on, tiles are taken where no tap reads outside the
