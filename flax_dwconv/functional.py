@@ -434,7 +434,8 @@ def _sum_of_shifts(
     low = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
     accumulator = jnp.dtype("float32") if low else x.dtype
     past = jnp.repeat(lax.concatenate([state.astype(x.dtype), x], axis), m, axis=-1)
-    weights = kernel.astype(accumulator).reshape(k, *[1] * axis, c * m)
+    weights = kernel.astype(accumulator).reshape(k, *[1] * (axis + 1), c * m)
+    ids = None
     if segment_ids is not None:
         # What is before the sequence is 0 in whichever segment it seems to be.
         pads = [(0, 0, 0)] * axis + [(state.shape[-2], 0, 0)]
@@ -443,7 +444,7 @@ def _sum_of_shifts(
     for a in range(k):
         at = a * distance, a * distance + length
         read = lax.slice_in_dim(past, *at, axis=axis)
-        if segment_ids is not None:
+        if ids is not None:
             same = lax.slice_in_dim(ids, *at, axis=axis) == segment_ids
             read = jnp.where(same[..., None], read, jnp.zeros((), x.dtype))
         terms.append(read.astype(accumulator) * weights[a])

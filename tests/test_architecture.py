@@ -11,6 +11,7 @@ import flax
 import flax.linen as nn
 import flax.nnx
 import pytest
+import reference
 
 import flax_dwconv
 
@@ -259,6 +260,15 @@ def test_public_names_are_pinned():
     submodules = {room(path) for path in SOURCES}
     assert CALLABLES | MODULES <= exported
     assert exported - submodules == CALLABLES
+
+
+def test_the_api_reference_is_that_of_the_docstrings():
+    page = (PACKAGE.parent / ".github" / "API.md").read_text(encoding="utf-8")
+    assert page == reference.render(), "python tests/reference.py > .github/API.md"
+    for module in reference.SECTIONS.values():
+        for name in reference.public(module):
+            assert f"| `{module.__name__}.{name}` | " in page
+    assert set(reference.public(flax_dwconv)) == CALLABLES
 
 
 def test_vocabularies_have_the_same_two_functions():

@@ -527,7 +527,9 @@ def test_nothing_of_ours_is_in_a_layer_that_is_left_to_xla(name):
     layer, step = train("lax")
     words = str(jax.make_jaxpr(step)(params, x))
     assert "platform_index" not in words and "reduce_precision" not in words
+    assert "flax_dwconv" not in jax.jit(step).lower(params, x).as_text()
     layer, step = train("auto")
+    assert "flax_dwconv" in jax.jit(step).lower(params, x).as_text()  # the control
     assert "platform_index" in str(jax.make_jaxpr(step)(params, x))  # the control
     words = str(jax.make_jaxpr(layer.apply)(params, x))
     assert "platform_index" not in words and "reduce_precision" not in words

@@ -293,6 +293,62 @@ def test_elsewhere_it_is_what_one_writes_by_hand(make):
                 assert phase.algorithm in (forward_plan.Tiles(1, False), forward_plan.Zeros())
 
 
+def axis_of(size, kernel, stride=1, padding="same"):
+    """One spatial dimension of a forward convolution."""
+    if padding == "same":
+        out, (low, _) = same(size, kernel, stride)
+    else:
+        low = kernel - 1 if padding == "causal" else 0
+        out = (size + low - kernel) // stride + 1
+    return Axis(size, kernel, out, stride, low, lhs_dilation=1, rhs_dilation=1)
+
+
+def chosen(axes, channels, constants=tuning.TUNING):
+    """The algorithm of a convolution of any rank, and why."""
+    taps, why = forward_plan.choose(1, 1, axes, channels, constants)
+    (phase,) = taps.phases
+    return type(phase.algorithm).__name__, why
+
+
+@pytest.mark.parametrize(
+    "kernel, padding, algorithm, why",
+    [
+        (4, "causal", "Regions", "10 taps in regions, at most 400 for 1048576 elements"),
+        (8, "causal", "Regions", "36 taps in regions, at most 400 for 1048576 elements"),
+        (9, "causal", "Tiles", "more than 8 regions along a dimension"),
+        (31, "causal", "Tiles", "more than 8 regions along a dimension"),
+        (7, "same", "Regions", "37 taps in regions, at most 400 for 1048576 elements"),
+        (9, "same", "Tiles", "more than 8 regions along a dimension"),
+        (15, "valid", "Regions", "15 taps in regions, at most 400 for 1048576 elements"),
+        (16, "valid", "Tiles", "no tap reads outside, and 16 taps share what they load in tiles"),
+    ],
+)
+def test_sequences(kernel, padding, algorithm, why):
+    axes = [axis_of(2048, kernel, padding=padding)]
+    assert chosen(axes, 512) == (algorithm, why)
+    # Where tiles would be of one output, nothing is gained by them.
+    alone = dataclasses.replace(tuning.TUNING, efforts=(tuning.Effort(0, 999, products=kernel),))
+    assert chosen(axes, 512, alone)[0] == "Regions"
+
+
+@pytest.mark.parametrize(
+    "sizes, kernels, strides, algorithm",
+    [
+        ((8, 28, 28), (3, 3, 3), (1, 1, 1), "Tiles"),
+        ((8, 28, 28), (1, 3, 3), (1, 1, 1), "Regions"),
+        ((8, 28, 28), (3, 1, 1), (1, 1, 1), "Regions"),
+        ((8, 56, 56), (3, 3, 3), (1, 2, 2), "Regions"),  # two are cut off at one end only
+        ((56, 56), (5, 5), (1, 1), "Regions"),
+    ],
+)
+def test_regions_along_three_dimensions(sizes, kernels, strides, algorithm):
+    axes = [axis_of(*dimension) for dimension in zip(sizes, kernels, strides, strict=True)]
+    found, why = chosen(axes, 192)
+    assert found == algorithm
+    tiles = "taps cut off at both ends of more than 2 dimensions"
+    assert (why == tiles) == (algorithm == "Tiles")
+
+
 def test_the_quick_layers_of_the_benchmark():
     """A change here is a change of what is compiled for real networks."""
     found = {}

@@ -16,7 +16,7 @@ from flax import nnx
 from jax import lax
 
 import flax_dwconv
-from flax_dwconv import DepthwiseConv1D, causal_conv1d, depthwise_conv1d
+from flax_dwconv import DepthwiseConv1D, causal_conv1d, depthwise_conv1d, functional
 
 KEY = jax.random.key(0)
 
@@ -138,11 +138,40 @@ def operands(k, dilation, m, length, dtype=jnp.float32, state_dtype=None, n=2, c
     return x, kernel, state
 
 
+@pytest.fixture
+def as_convolutions(monkeypatch):
+    """Pieces of any length are computed as long ones are, not as sums of shifts."""
+    monkeypatch.setattr(functional, "_SHORT", 0)
+
+
+@pytest.mark.parametrize("k, dilation, m, length, cuts", WINDOWS)
+def test_long_pieces_keep_the_contract(k, dilation, m, length, cuts, as_convolutions):
+    check_function(k, dilation, m, length, cuts, "auto")
+
+
 @pytest.mark.parametrize(
     "k, dilation, m, length, cuts, method",
-    [*((*window, "auto") for window in WINDOWS), (*WINDOWS[0], "lax")],
+    [*((*window, "auto") for window in WINDOWS[1:4]), (*WINDOWS[0], "lax")],
 )
-def test_the_function_keeps_the_contract(k, dilation, m, length, cuts, method):
+def test_short_pieces_keep_the_contract(k, dilation, m, length, cuts, method):
+    check_function(k, dilation, m, length, cuts, method)
+
+
+def test_pieces_are_convolutions_unless_they_are_short():
+    """And always where the convolution is XLA's."""
+    _, kernel, state = operands(4, 1, 2, 1)
+
+    def convolutions(length, method):
+        x = jnp.ones((2, length, 3))
+        f = functools.partial(causal_conv1d, method=method)
+        return str(jax.make_jaxpr(f)(x, kernel, state)).count("conv_general_dilated[")
+
+    short = functional._SHORT
+    assert [convolutions(n, "auto") for n in (1, short, short + 1)] == [0, 0, 2]
+    assert [convolutions(n, "lax") for n in (1, short, short + 1)] == [1, 2, 2]
+
+
+def check_function(k, dilation, m, length, cuts, method):
     x, kernel, state = operands(k, dilation, m, length)
 
     def run(kernel, x, state):

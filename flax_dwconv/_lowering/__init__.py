@@ -27,6 +27,15 @@ Method = Literal["auto", "lax", "taps"]
 _TAGS: dict[Method, plan.Tag] = {"auto": "ours", "lax": "xla", "taps": "taps"}
 
 
+class _Depth(threading.local):
+    """How many scopes of `accelerate` the thread is inside of."""
+
+    value = 0
+
+
+_depth = _Depth()
+
+
 class _Scope(threading.local):
     """A context that sets the tag; may be entered again, nested and in other threads.
 
@@ -41,8 +50,10 @@ class _Scope(threading.local):
         context = rule.tagging(self._tag)
         context.__enter__()
         self._entered.append(context)
+        _depth.value += 1
 
     def __exit__(self, *exception: Any) -> None:
+        _depth.value -= 1
         self._entered.pop().__exit__(*exception)
 
     def __call__(self, f: Callable[..., Any]) -> Callable[..., Any]:
@@ -100,8 +111,11 @@ def method_scope(method: Method) -> contextlib.AbstractContextManager:
 
     Args:
       method: "auto" has it compiled as taps on CPU; "taps" on every platform; "lax" leaves it to
-        XLA, inside `accelerate` too.
+        XLA. That needs a tag inside `accelerate` only, so that elsewhere the program has nothing
+        of this package in it.
     """
+    if method == "lax" and not _depth.value:
+        return contextlib.nullcontext()
     return rule.tagging(_TAGS[method])
 
 
