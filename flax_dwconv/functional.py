@@ -435,17 +435,19 @@ def _sum_of_shifts(
     accumulator = jnp.dtype("float32") if low else x.dtype
     past = jnp.repeat(lax.concatenate([state.astype(x.dtype), x], axis), m, axis=-1)
     weights = kernel.astype(accumulator).reshape(k, *[1] * (axis + 1), c * m)
-    ids = None
+    masks = None
     if segment_ids is not None:
         # What is before the sequence is 0 in whichever segment it seems to be.
         pads = [(0, 0, 0)] * axis + [(state.shape[-2], 0, 0)]
         ids = lax.pad(segment_ids, jnp.zeros((), segment_ids.dtype), pads)
+        masks = [
+            jnp.equal(lax.slice_in_dim(ids, at, at + length, axis=axis), segment_ids)
+            for at in range(0, k * distance, distance)
+        ]
     terms = []
     for a in range(k):
-        at = a * distance, a * distance + length
-        read = lax.slice_in_dim(past, *at, axis=axis)
-        if ids is not None:
-            same = lax.slice_in_dim(ids, *at, axis=axis) == segment_ids
-            read = jnp.where(same[..., None], read, jnp.zeros((), x.dtype))
+        read = lax.slice_in_dim(past, a * distance, a * distance + length, axis=axis)
+        if masks is not None:
+            read = jnp.where(masks[a][..., None], read, jnp.zeros((), x.dtype))
         terms.append(read.astype(accumulator) * weights[a])
     return functools.reduce(lax.add, terms).astype(x.dtype)

@@ -49,8 +49,8 @@ class Tuning:
         taps. Four padded taps are slower: 4 times for a 5x5 kernel along one dimension; and for a
         3x3 kernel along both dimensions where other operations are fused, MobileNetV2's inference
         took 1.2 times as long. Layers: 'MobileNetV2-*' 'EfficientNet-*'.
-      region_dimensions: for an image in regions, the most dimensions along which taps may be cut off
-        at both ends. With three, LLVM often does not vectorise: in tiles, a 3x3x3 kernel takes 0.15
+      region_dimensions: the most dimensions along which taps are cut off at both ends of an image
+        in regions. With three, LLVM often does not vectorise: in tiles, a 3x3x3 kernel takes 0.15
         to 0.35 of the time, and where LLVM does, up to 1.2. With strides of 1, 2 and 2, of which
         two cut off at one end only, regions take 0.4 of the time. Command for this and the next
         two: `--family volumes` and `--family sequences`.
