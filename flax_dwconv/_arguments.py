@@ -72,8 +72,11 @@ _MEANT = {
 def with_hints(init: Callable[..., None]) -> Callable[..., None]:
     """Makes a constructor answer an unknown or a nameless argument with the one that was meant."""
     _, *parameters = inspect.signature(init).parameters.values()
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+        return init  # of a subclass, which hands them on to ours
     known = [p.name for p in parameters]
     nameless = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    required = [p.name for p in parameters if p.default is p.empty]
 
     @functools.wraps(init)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -89,6 +92,9 @@ def with_hints(init: Callable[..., None]) -> Callable[..., None]:
                 f"`{name}` takes {', '.join(f'`{n}`' for n in nameless)} without their names and "
                 f"everything else by name, got {len(args)} arguments without a name."
             )
+        missing = [n for n in required if n not in kwargs and n not in nameless[: len(args)]]
+        if missing:
+            raise TypeError(f"`{name}` needs the argument `{missing[0]}`.")
         init(self, *args, **kwargs)
 
     return wrapper

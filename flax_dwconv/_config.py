@@ -25,7 +25,7 @@ _VOCABULARIES = {
     "constraint": constraints.VOCABULARY,
 }
 
-# Arguments of ours that Keras has no word for: written only where they are set.
+# Flax's arguments. Keras has a word for dtypes, which is not an argument, and none for the others.
 _OURS = ("dtype", "param_dtype", "precision", "method")
 
 # Keys that Keras 2 and 3 write and that set nothing here.
@@ -71,17 +71,20 @@ def write(name: str | None, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {k: _lists(v) for k, v in config.items()}
 
 
-def read(config: Any, class_name: str, arguments: Sequence[str]) -> dict[str, Any]:
+def read(
+    config: Any, class_name: str, arguments: Sequence[str], required: Sequence[str]
+) -> dict[str, Any]:
     """Returns the constructor's arguments that a config of any dialect stands for, and `name`.
 
     Args:
       config: the settings, or a dict with "class_name" and "config".
       class_name: Keras's name of the layer.
       arguments: those of the layer.
+      required: those of them that have no default.
 
     Raises:
       TypeError: if a dict is none, or the name is no string.
-      ValueError: for another class, an unknown key, or if there is no `kernel_size`.
+      ValueError: for another class, an unknown key, or if a required one is missing.
     """
     if not isinstance(config, Mapping):
         raise TypeError(f"`config` must be a dict, got {type(config).__name__}.")
@@ -101,9 +104,10 @@ def read(config: Any, class_name: str, arguments: Sequence[str]) -> dict[str, An
     unknown = [key for key in settings if key not in (*arguments, "name")]
     if unknown:
         raise ValueError(f"`config` has unknown keys, got {sorted(map(str, unknown))}.")
-    if "kernel_size" not in settings:
-        keys = sorted(map(str, settings))
-        raise ValueError(f"`config` must have a `kernel_size`, got the keys {keys}.")
+    for key in required:
+        if key not in settings:
+            keys = sorted(map(str, settings))
+            raise ValueError(f"`config` must have a `{key}`, got the keys {keys}.")
     if not isinstance(settings.get("name"), str | None):
         raise TypeError(f"`name` must be a string or None, got {settings['name']!r}.")
     return settings | _read_dtypes(settings)

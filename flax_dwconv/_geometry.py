@@ -133,13 +133,16 @@ def _padding(value: Any, rank: int) -> str | Pads:
         raise TypeError(message)
     pads = []
     for side in sides:
-        pair = (side, side) if _is_integral(side) else side
+        both = _is_integral(side)  # one int for both ends
+        pair = (side, side) if both else side
         if not _is_sequence(pair) or not all(map(_is_integral, pair)):
             raise TypeError(message)
-        if len(pair) != 2 or not all(map(is_int, pair)) or (pair is not side and side < 0):
+        if len(pair) != 2 or not all(map(is_int, pair)) or (both and side < 0):
             raise ValueError(message)
         pads.append((int(pair[0]), int(pair[1])))
     if len(pads) != rank:
+        if rank == 1 and len(value) == 2:
+            message = f"{message[:-1]}, did you mean `(({value[0]}, {value[1]}),)`?"
         raise ValueError(message)
     return tuple(pads)
 
@@ -210,6 +213,21 @@ def as_array(value: Any, name: str) -> jax.Array:
     if not hasattr(value, "ndim") or not hasattr(value, "dtype"):
         raise TypeError(f"`{name}` must be an array, got {type(value).__name__}.")
     return jnp.asarray(value)
+
+
+def element_type(value: Any) -> Any:
+    """Returns `value` if it is a dtype in any form, or None.
+
+    Raises:
+      TypeError: for what is neither a dtype nor the name of one.
+      ValueError: for an unknown name.
+    """
+    try:
+        jnp.dtype(value)
+        return value
+    except TypeError:
+        error = ValueError if isinstance(value, str) else TypeError
+        raise error(f"`preferred_element_type` must be a dtype or None, got {value!r}.") from None
 
 
 def default_data_format() -> str:

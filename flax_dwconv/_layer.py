@@ -123,7 +123,7 @@ class Settings:
         Raises:
           TypeError: if it is not a sequence of integers and None.
           ValueError: if the rank is another one, a size is negative, the channels are unknown, or
-            the kernel does not fit.
+            the kernel or the activation does not fit.
 
         Example:
           >>> import flax_dwconv
@@ -145,15 +145,22 @@ class Settings:
             # Every activation keeps the shape but `glu`, which halves the last axis.
             activation = activations.get(self.activation)
             last = jax.ShapeDtypeStruct((*[1] * (len(shape) - 1), shape[-1]), jnp.float32)
-            shape[-1] = jax.eval_shape(activation, last).shape[-1]
+            try:
+                shape[-1] = jax.eval_shape(activation, last).shape[-1]
+            except AssertionError as error:
+                raise ValueError(
+                    f"`activation` must fit the output, of shape {tuple(shape)}, got "
+                    f"{self.activation!r}: {error}."
+                ) from None
         return tuple(shape)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the settings as a dict of JSON values, in the dialect of Keras 3.
 
-        Keras 3 reads it. It has no words for `precision`, `method`, and some pairs of `dtype` and
-        `param_dtype`, which add keys of their own where they are set, and which only we read. It
-        means its own function by "hard_sigmoid": for Keras 2's, `groups` marks Keras 2's dialect.
+        Keras 3 reads it unless it says what Keras 3 has no word for: causal padding and explicit
+        pads, `precision`, `method`, and some pairs of `dtype` and `param_dtype`, which add keys of
+        their own where they are set. Keras 3 means its own function by "hard_sigmoid": for Keras
+        2's, `groups` marks Keras 2's dialect. `keras_io.to_config` refuses all of these.
 
         Raises:
           ValueError: if a setting is a callable that has no Keras name.
@@ -170,8 +177,9 @@ class Settings:
     @classmethod
     def _settings_from_config(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the constructor's arguments that a Keras config stands for, and `name`."""
-        names = [field.name for field in setting_fields(cls)]
-        return _config.read(config, cls.__name__, names)
+        fields = setting_fields(cls)
+        required = [field.name for field in fields if field.default is dataclasses.MISSING]
+        return _config.read(config, cls.__name__, [field.name for field in fields], required)
 
     def _features(self, channels: Any) -> Any:
         """Returns the channels of the result for inputs of `channels`."""
@@ -262,7 +270,7 @@ class Settings:
         return activation(y)
 
     def _as_inexact(self, x: jax.Array) -> jax.Array:
-        """Casts integers to the dtype of the computation."""
+        """Casts integers and booleans to the dtype of the computation."""
         if jnp.issubdtype(x.dtype, jnp.inexact):
             return x
         return x.astype(self.dtype or self.param_dtype)
@@ -365,12 +373,13 @@ class Depthwise1D(Depthwise):
           >>> layer.initial_state(8, channels=3).shape
           (8, 6, 3)
         """
-        self._check_streaming("state")
-        axes: Any = [batch_shape] if _geometry.is_int(batch_shape) else batch_shape
+        self._check_streaming("initial_state")
+        axes: Any = batch_shape if isinstance(batch_shape, Sequence) else [batch_shape]
         message = f"`batch_shape` must be an int >= 0 or a tuple of them, got {batch_shape!r}."
-        if not isinstance(axes, Sequence) or not all(map(_geometry.is_int, axes)):
+        known = [n for n in axes if not jax.export.is_symbolic_dim(n)]
+        if not all(map(_geometry.is_int, known)):
             raise TypeError(message)
-        if axes and min(axes) < 0:
+        if known and min(known) < 0:
             raise ValueError(message)
         channels = _geometry.positive_int(channels, "channels")
         dtype = (self.dtype or jnp.float32) if dtype is None else _config.dtype(dtype, "dtype")
@@ -380,8 +389,8 @@ class Depthwise1D(Depthwise):
         window = self._window
         if window.padding != "causal" or max(window.strides) > 1:
             raise ValueError(
-                f"`{argument}` must be given to a layer with `padding`='causal' and strides of 1 "
-                f"only, got `padding`={window.padding!r} and `strides`={window.strides}."
+                f"`{argument}` is for a layer with `padding`='causal' and strides of 1, got "
+                f"`padding`={window.padding!r} and `strides`={window.strides}."
             )
 
     def _convolve(  # pyrefly: ignore[bad-override]
@@ -472,9 +481,12 @@ class Separable(Settings):
 
 
 def setting_fields(layer: type[Settings]) -> list[dataclasses.Field[Any]]:
-    """Returns the fields of a layer that are its arguments, without those that linen adds."""
-    fields = dataclasses.fields(layer)  # pyrefly: ignore[bad-argument-type]
-    return [field for field in fields if field.name not in ("parent", "name")]
+    """Returns the fields of a layer that are its arguments here.
+
+    Linen adds fields of its own, and so may a subclass.
+    """
+    ours = next(cls for cls in layer.__mro__ if cls.__module__ == __name__)
+    return list(dataclasses.fields(ours))  # pyrefly: ignore[bad-argument-type]
 
 
 def total_loss(losses: Any) -> jax.Array:

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 import jax
 import jax.numpy as jnp
@@ -117,7 +117,7 @@ def depthwise_conv(
             dimension_numbers=window.dimension_numbers,
             feature_group_count=c,
             precision=_geometry.precision(precision),
-            preferred_element_type=preferred_element_type,
+            preferred_element_type=_geometry.element_type(preferred_element_type),
         )
     return y.reshape(*batch, *y.shape[1:])
 
@@ -128,6 +128,10 @@ def _check_operands(x: jax.Array, kernel: jax.Array, window: _geometry.Window) -
             f"`x` and `kernel` must have the same number of channels, got {x.shape} with the "
             f"channels on axis {window.channel_axis} and a `kernel` of shape {kernel.shape}."
         )
+    if kernel.shape[-2] == 0:
+        raise ValueError(f"`x` must have at least one channel, got {x.shape}.")
+    if x.dtype == bool:
+        raise TypeError("`x` must be floating, complex or integer, got bool.")
     if x.dtype != kernel.dtype:
         raise TypeError(
             "`x` and `kernel` must have the same dtype, got "
@@ -302,8 +306,10 @@ def causal_conv1d(
       segment_ids: integers `(*batch, l)` that name the document of each position, where several are
         packed into one sequence. For a position, those of other documents count as zeros. They
         exclude a `state`.
-      precision: see `depthwise_conv`.
-      method: see `depthwise_conv`.
+      precision: see `depthwise_conv`. It concerns convolutions only.
+      method: see `depthwise_conv`. With "auto" and "taps", pieces of at most 16 positions are sums
+        of shifted inputs on every platform, if there are at most 64 taps; with `segment_ids` all
+        are, which make the sum another one for each position.
 
     Returns:
       `y`, `(*batch, l, c*m)` in the dtype of `x`; and the next state, which is the last
@@ -335,25 +341,27 @@ def causal_conv1d(
     if x.ndim < 2 or x.shape[-2] == 0:
         raise ValueError(f"`x` must have shape (*batch, l, c) with l >= 1, got {x.shape}.")
     _geometry.check_method(method)
+    precision = _geometry.precision(precision)
     window = _geometry.window(1, kernel.shape[:1], 1, "causal", dilation_rate, "channels_last")
     _check_operands(x, kernel, window)
-    shape = (*x.shape[:-2], window.effective_size[0] - 1, x.shape[-1])
     if segment_ids is not None and state is not None:
         raise ValueError("`segment_ids` and `state` exclude each other, got both.")
-    zeros = jnp.zeros(shape, x.dtype)
-    if segment_ids is not None:
-        ids = _segments(segment_ids, x)
-        return _sum_of_shifts(x, kernel, zeros, window, ids), next_state(x, zeros)
-    if x.shape[-2] <= _SHORT and method != "lax":
-        state = zeros if state is None else _state(state, x, shape)
-        return _sum_of_shifts(x, kernel, state, window), next_state(x, state)
+    shape = (*x.shape[:-2], window.effective_size[0] - 1, x.shape[-1])
+    before = jnp.zeros(shape, x.dtype) if state is None else _state(state, x, shape)
+    length, k = x.shape[-2], kernel.shape[0]
+    short = isinstance(length, int) and length <= _SHORT and k <= _UNROLLED and method != "lax"
     conv = functools.partial(
         depthwise_conv, dilation_rate=dilation_rate, precision=precision, method=method
     )
-    if state is None:
-        return conv(x, kernel, padding="causal"), next_state(x, zeros)
-    state = _state(state, x, shape)
-    return _continued(conv, x, kernel, state), next_state(x, state)
+    if segment_ids is not None:
+        y = _sum_of_shifts(x, kernel, before, window, _segments(segment_ids, x))
+    elif short:
+        y = _sum_of_shifts(x, kernel, before, window)
+    elif state is None:
+        y = conv(x, kernel, padding="causal")
+    else:
+        y = _continued(conv, x, kernel, before)
+    return y, next_state(x, before)
 
 
 def _state(state: ArrayLike, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -374,6 +382,9 @@ def _state(state: ArrayLike, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def next_state(x: jax.Array, state: jax.Array) -> jax.Array:
     """Returns the last inputs, as many as `state` holds, of `state` followed by `x`."""
     history, length = state.shape[-2], x.shape[-2]
+    if not isinstance(length, int):  # symbolic, and comparable with nothing
+        both = lax.concatenate([state, x.astype(state.dtype)], x.ndim - 2)
+        return lax.slice_in_dim(both, length, length + history, axis=x.ndim - 2)
     if length >= history:
         return lax.slice_in_dim(x, length - history, length, axis=x.ndim - 2).astype(state.dtype)
     kept = lax.slice_in_dim(state, length, history, axis=state.ndim - 2)
@@ -392,6 +403,8 @@ def _continued(
     history, length = state.shape[-2], x.shape[-2]
     if not history:
         return conv(x, kernel)
+    if not isinstance(length, int):  # symbolic, and comparable with nothing
+        return conv(lax.concatenate([state.astype(x.dtype), x], axis), kernel)
     near = lax.slice_in_dim(x, 0, min(history, length), axis=axis)
     first = conv(lax.concatenate([state.astype(x.dtype), near], axis), kernel)
     if length <= history:
@@ -399,9 +412,12 @@ def _continued(
     return lax.concatenate([first, conv(x, kernel)], axis)
 
 
-# Pieces of at most so many positions are summed up tap by tap. As convolutions of their own, single
-# steps take 1.0 to 3.3 times as long, and 16 positions of one sequence 0.95 to 4 times.
-_SHORT = 16
+# Pieces of at most `_SHORT` positions are summed up tap by tap, if there are at most `_UNROLLED`
+# taps. As convolutions of their own, with kernels of 2 to 31 taps, single steps took 1.0 to 3.3
+# times as long, and 16 positions of one sequence 0.95 to 4 times (`--family sequences` of the
+# benchmark).
+# With segments, more taps are a loop: each one would be compiled, 1,024 of them for 4 s.
+_SHORT, _UNROLLED = 16, 64
 
 
 def _segments(segment_ids: ArrayLike, x: jax.Array) -> jax.Array:
@@ -424,10 +440,10 @@ def _sum_of_shifts(
     window: _geometry.Window,
     segment_ids: jax.Array | None = None,
 ) -> jax.Array:
-    """Convolves `x` after `state`, as the sum over taps of the inputs shifted by each.
+    """Convolves `x` after `state` as a sum of one product for each tap.
 
-    With segments, which taps count depends on the position, so that it is no convolution: each
-    shift is masked. That masks a NaN of another segment too.
+    With segments, each product is of the inputs in the segment of the output; all others count as
+    zeros, a NaN too. What is before the sequence is 0 in whichever segment it seems to be.
     """
     (k, c, m), (distance,) = kernel.shape, window.dilation_rate
     length, axis = x.shape[-2], x.ndim - 2
@@ -435,19 +451,25 @@ def _sum_of_shifts(
     accumulator = jnp.dtype("float32") if low else x.dtype
     past = jnp.repeat(lax.concatenate([state.astype(x.dtype), x], axis), m, axis=-1)
     weights = kernel.astype(accumulator).reshape(k, *[1] * (axis + 1), c * m)
-    masks = None
-    if segment_ids is not None:
-        # What is before the sequence is 0 in whichever segment it seems to be.
-        pads = [(0, 0, 0)] * axis + [(state.shape[-2], 0, 0)]
-        ids = lax.pad(segment_ids, jnp.zeros((), segment_ids.dtype), pads)
-        masks = [
-            jnp.equal(lax.slice_in_dim(ids, at, at + length, axis=axis), segment_ids)
-            for at in range(0, k * distance, distance)
-        ]
-    terms = []
-    for a in range(k):
-        read = lax.slice_in_dim(past, a * distance, a * distance + length, axis=axis)
-        if masks is not None:
-            read = jnp.where(masks[a][..., None], read, jnp.zeros((), x.dtype))
-        terms.append(read.astype(accumulator) * weights[a])
-    return functools.reduce(lax.add, terms).astype(x.dtype)
+    pads = [(0, 0, 0)] * axis + [(state.shape[-2], 0, 0)]
+    unrolled = k <= _UNROLLED
+
+    def shifted(array: jax.Array, a: Any) -> jax.Array:
+        """Returns what the tap `a` reads of the past and the sequence."""
+        if unrolled:
+            return lax.slice_in_dim(array, a * distance, a * distance + length, axis=axis)
+        return lax.dynamic_slice_in_dim(array, a * distance, length, axis=axis)
+
+    def term(a: Any) -> jax.Array:
+        read = shifted(past, a)
+        if segment_ids is not None:
+            ids = lax.pad(segment_ids, jnp.zeros((), segment_ids.dtype), pads)
+            same = jnp.equal(shifted(ids, a), segment_ids)
+            read = jnp.where(same[..., None], read, jnp.zeros((), x.dtype))
+        return read.astype(accumulator) * weights[a]
+
+    if unrolled:
+        y = functools.reduce(lax.add, map(term, range(k)))
+    else:
+        y = lax.fori_loop(1, k, lambda a, y: y + term(a), term(0))
+    return y.astype(x.dtype)

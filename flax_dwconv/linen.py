@@ -165,7 +165,7 @@ class DepthwiseConv2D(_layer.Depthwise, _Module):
       dtype: dtype of the computation; None promotes the dtypes of the input and the parameters.
       param_dtype: dtype of the parameters.
       precision: `jax.lax.Precision`, its name, or a pair of them, for GPU and TPU.
-      method: "auto" or "lax"; see `depthwise_conv2d`.
+      method: "auto", "lax" or "taps"; see `depthwise_conv2d`.
 
     Input shape:
       `(n, h, w, c)`, or `(n, c, h, w)` with "channels_first". Integers are cast to the dtype of the

@@ -138,7 +138,9 @@ class _Module(nnx.Module):
 
 
 class _Depthwise(_Module, _layer.Depthwise):
-    """The depthwise layers of any rank; `DepthwiseConv2D` has Keras's own defaults."""
+    """The depthwise layers of any rank; `DepthwiseConv2D` has Keras's own defaults, (1, 1)."""
+
+    kernel: nnx.Param[jax.Array]
 
     def __init__(
         self,
@@ -268,6 +270,7 @@ class DepthwiseConv2D(_Depthwise):
 
     Args:
       in_features: `c`, the number of input channels.
+      kernel_size: an int > 0, or two. All other arguments have to be named.
       rngs: its stream "params" initializes the parameters.
 
     Attributes:
@@ -368,6 +371,9 @@ class DepthwiseConv3D(_Depthwise):
 
 class _Separable(_Module, _layer.Separable):
     """The separable layers of any rank."""
+
+    depthwise_kernel: nnx.Param[jax.Array]
+    pointwise_kernel: nnx.Param[jax.Array]
 
     def __init__(
         self,

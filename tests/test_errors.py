@@ -309,6 +309,21 @@ ERRORS = [
         "right)), got ('same', 'valid').",
     ),
     (
+        lambda: conv(preferred_element_type="garbage"),
+        ValueError,
+        "`preferred_element_type` must be a dtype or None, got 'garbage'.",
+    ),
+    (
+        lambda: conv(preferred_element_type=3),
+        TypeError,
+        "`preferred_element_type` must be a dtype or None, got 3.",
+    ),
+    (
+        lambda: conv(X > 0, K > 0),
+        TypeError,
+        "`x` must be floating, complex or integer, got bool.",
+    ),
+    (
         lambda: conv(data_format="NHWC"),
         ValueError,
         "`data_format` must be one of 'channels_first', 'channels_last', got 'NHWC'.",
@@ -788,6 +803,12 @@ ERRORS = [
         lambda: layer().compute_output_shape("1983"),
         TypeError,
         "`input_shape` must be a tuple, got '1983'.",
+    ),
+    (
+        lambda: shape(1, 9, 8, 3, activation="glu"),
+        ValueError,
+        "`activation` must fit the output, of shape (1, 7, 6, 3), got 'glu': axis size must be "
+        "divisible by 2.",
     ),
     (
         lambda: shape(1, 9.0, 8, 3),

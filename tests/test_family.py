@@ -362,6 +362,40 @@ def test_filters(filters, error):
         flax_dwconv.SeparableConv2D(filters, 3)
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_what_is_missing(name):
+    settings = {"filters": 3} if name.startswith("Separable") else {}
+    layer = getattr(flax_dwconv, name)
+    with pytest.raises(ValueError, match="`config` must have a `kernel_size`, got the keys"):
+        layer.from_config(settings)
+    with pytest.raises(TypeError, match=f"`{name}` needs the argument `kernel_size`."):
+        layer(**settings)
+    if settings:
+        with pytest.raises(ValueError, match="`config` must have a `filters`, got the keys"):
+            layer.from_config({"kernel_size": 3})
+    with pytest.raises(TypeError, match=f"`{name}` needs the argument `rngs`."):
+        getattr(flax_dwconv.nnx, name)(3, **settings, kernel_size=3)
+
+
+class OfNnx(flax_dwconv.nnx.DepthwiseConv1D):
+    def __init__(self, in_features, **kwargs):
+        super().__init__(in_features, 3, **kwargs)
+
+
+class OfLinen(flax_dwconv.DepthwiseConv1D):
+    extra: int = 3
+
+
+def test_subclasses():
+    layer = OfNnx(3, padding="same", rngs=nnx.Rngs(0))
+    assert layer(np.ones((1, 5, 3), "f4")).shape == (1, 5, 3)
+    with pytest.raises(TypeError, match="no argument `pading`, did you mean `padding`"):
+        OfNnx(3, pading="same", rngs=nnx.Rngs(0))
+    layer = OfLinen(3, extra=4)
+    assert layer.extra == 4 and layer.kernel_size == (3,)
+    assert "extra" not in layer.get_config()
+
+
 def test_the_pointwise_half_is_a_matrix_product():
     layer = flax_dwconv.SeparableConv2D(8, 3)
     x = images("SeparableConv2D")

@@ -183,6 +183,14 @@ def test_padding_errors(rank, value, exception):
     assert str(error.value) == f"`padding` must be {PADS[rank]}, got {value!r}."
 
 
+def test_a_pair_for_a_sequence_is_one_dimension():
+    with pytest.raises(ValueError) as error:
+        window(1, padding=(2, 0))
+    assert str(error.value) == (
+        f"`padding` must be {PADS[1]}, got (2, 0), did you mean `((2, 0),)`?"
+    )
+
+
 @pytest.mark.parametrize("rank", [2, 3])
 def test_causal_padding_is_of_sequences(rank):
     with pytest.raises(ValueError) as error:

@@ -483,21 +483,37 @@ ERRORS = [
         "`method` must be 'auto', 'lax' or 'taps', got 'fast'.",
     ),
     (
+        lambda: causal_conv1d(X, K, precision="garbage"),
+        ValueError,
+        "`precision` must be a `jax.lax.Precision`, its name, a pair of them, or None, got "
+        "'garbage'.",
+    ),
+    (
+        lambda: causal_conv1d(X > 0, K > 0),
+        TypeError,
+        "`x` must be floating, complex or integer, got bool.",
+    ),
+    (
+        lambda: causal_conv1d(X[..., :0], K[:, :0]),
+        ValueError,
+        "`x` must have at least one channel, got (2, 6, 0).",
+    ),
+    (
         lambda: apply(DepthwiseConv1D(3), X[:, :2]),
         ValueError,
-        "`state` must be given to a layer with `padding`='causal' and strides of 1 only, got "
+        "`state` is for a layer with `padding`='causal' and strides of 1, got "
         "`padding`='valid' and `strides`=(1,).",
     ),
     (
         lambda: apply(DepthwiseConv1D(3, 2, "causal"), segment_ids=np.zeros((2, 6), int)),
         ValueError,
-        "`segment_ids` must be given to a layer with `padding`='causal' and strides of 1 only, got "
+        "`segment_ids` is for a layer with `padding`='causal' and strides of 1, got "
         "`padding`='causal' and `strides`=(2,).",
     ),
     (
         lambda: DepthwiseConv1D(3).initial_state(2, 3),
         ValueError,
-        "`state` must be given to a layer with `padding`='causal' and strides of 1 only, got "
+        "`initial_state` is for a layer with `padding`='causal' and strides of 1, got "
         "`padding`='valid' and `strides`=(1,).",
     ),
     (
@@ -535,3 +551,51 @@ def test_errors(call, exception, message):
         call()
     assert type(error.value) is exception
     assert str(error.value) == message
+
+
+# Long kernels and symbolic lengths
+
+
+@pytest.mark.parametrize("k", [functional._UNROLLED, functional._UNROLLED + 1])
+def test_many_taps(k):
+    """More are convolutions, or a loop for segments."""
+    x, kernel, state = operands(k, 1, 2, 9)
+    y, _ = causal_conv1d(x, kernel, state)
+    equal(y, definition(x, kernel, state))
+    ids = jnp.asarray(segments(9)[0], jnp.int32)
+
+    def f(x, kernel):
+        return causal_conv1d(x, kernel, segment_ids=ids)[0]
+
+    y, vjp = jax.vjp(f, x, kernel)
+    equal(y, definition(x, kernel, None, 1, np.asarray(ids)))
+    assert ("scan" in str(jax.make_jaxpr(f)(x, kernel))) == (k > functional._UNROLLED)
+    # Linear in each operand: <g, f(x, k)> is <x, its gradient> and <k, its gradient>.
+    dx, dk = vjp(y)
+    assert jnp.vdot(y, y) == jnp.vdot(x, dx) == jnp.vdot(kernel, dk)
+
+
+@pytest.mark.parametrize("with_state", [True, False])
+def test_a_symbolic_length_exports(with_state):
+    n, length = jax.export.symbolic_shape("n, l")
+    kernel = jnp.asarray(oracle.integers(1, 4, 3, 2), jnp.float32)
+
+    def f(x, state):
+        return causal_conv1d(x, kernel, state if with_state else None)
+
+    specs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in [(n, length, 3), (n, 3, 3)]]
+    exported = jax.export.export(jax.jit(f))(*specs)
+    for size in (1, 2, 3, 7, 20):
+        x, _, state = operands(4, 1, 2, size)
+        equal(exported.call(x, state), f(x, state))
+
+
+def test_a_first_state_of_a_symbolic_batch():
+    (n,) = jax.export.symbolic_shape("n")
+    variables = CAUSAL.init(KEY, X)
+
+    def f(x):
+        return CAUSAL.apply(variables, x, CAUSAL.initial_state(x.shape[0], 3))
+
+    exported = jax.export.export(jax.jit(f))(jax.ShapeDtypeStruct((n, 6, 3), jnp.float32))
+    equal(exported.call(X), f(X))

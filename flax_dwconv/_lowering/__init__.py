@@ -107,12 +107,13 @@ def _innermost(f: Any) -> Any:
 
 
 def method_scope(method: Method) -> contextlib.AbstractContextManager:
-    """Returns the context under which `depthwise_conv2d` traces its convolution.
+    """Returns the context under which `depthwise_conv` traces its convolution.
 
     Args:
       method: "auto" has it compiled as taps on CPU; "taps" on every platform; "lax" leaves it to
         XLA. That needs a tag inside `accelerate` only, so that elsewhere the program has nothing
-        of this package in it.
+        of this package in it. What autodiff derives inside `accelerate` from a function that was
+        traced outside of it has no tag then, and is compiled as taps.
     """
     if method == "lax" and not _depth.value:
         return contextlib.nullcontext()
@@ -131,7 +132,7 @@ def accelerate(
     Convolutions that are traced inside are tagged, like those of `depthwise_conv2d`; of them, and
     of those that autodiff and `vmap` derive from them, the depthwise ones are compiled as sums over
     taps. Nothing else changes: not what is not depthwise (but see `pointwise`), not a convolution
-    with `method="lax"`, not a program for GPU or TPU, not the jaxpr.
+    with `method="lax"` that is traced inside, not a program for GPU or TPU, not the jaxpr.
 
     A function that `jax.jit` compiled outside is compiled anew when it is called inside, and back.
 

@@ -229,7 +229,7 @@ def _better_in_tiles(axes: Sequence[Axis], effort: Effort, tuning: Tuning) -> st
     """
     kernel = math.prod(axis.kernel for axis in axes)
     if effort.products < 2 * kernel:
-        return None  # tiles would have one output
+        return None  # a pass of the loop has no room for a tile of two outputs
     # Runs of a dimension are at most as many as the taps that are cut off somewhere, and one.
     cut = [sum(run.count < axis.out for _, run in axis.reads().values()) for axis in axes]
     if not any(cut):
