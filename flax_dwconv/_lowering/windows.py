@@ -22,7 +22,8 @@ def window(
     x: jax.Array, start: Sequence[int], counts: Sequence[int], steps: Sequence[int]
 ) -> jax.Array:
     """Returns `counts` positions of each spatial dimension, from `start`, `steps` apart."""
-    # With a step, a single element of a sharded dimension is a wrong one (jaxlib 0.10.2 and 0.12.0.1).
+    # With a step, a single element of a sharded dimension may be a wrong one (jaxlib 0.10.2 and
+    # 0.12.0.1).
     steps = [step if n > 1 else 1 for n, step in zip(counts, steps, strict=True)]
     stop = [s + (n - 1) * step + 1 for s, n, step in zip(start, counts, steps, strict=True)]
     return lax.slice(x, (0, *start, 0), (x.shape[0], *stop, x.shape[-1]), (1, *steps, 1))
