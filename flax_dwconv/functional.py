@@ -101,8 +101,8 @@ def depthwise_conv(
     x = x.reshape(math.prod(batch), *x.shape[-rank - 1 :])
     pads = window.explicit_padding
     if not isinstance(pads, str) and min(map(min, pads)) < 0:
-        # XLA:CPU's kernel gradient is wrong for some pads that crop one end and add to the other, on
-        # jaxlib 0.10.2 for 6 rows, a kernel of 3 and the pads (-1, 1). So we pad and crop before.
+        # XLA:CPU's kernel gradient is wrong for some pads that crop one end and add to the other:
+        # on jaxlib 0.10.2, for 6 rows, a kernel of 3 and the pads (-1, 1). We do that beforehand.
         config = [(0, 0, 0)] * (rank + 2)
         for axis, (before, after) in zip(window.spatial_axes, pads, strict=True):
             config[axis] = (before, after, 0)
