@@ -319,8 +319,8 @@ def chosen(axes, channels, constants=tuning.TUNING):
         (31, "causal", "Tiles", "more than 8 regions along a dimension"),
         (7, "same", "Regions", "37 taps in regions, at most 400 for 1048576 elements"),
         (9, "same", "Tiles", "more than 8 regions along a dimension"),
-        (15, "valid", "Regions", "15 taps in regions, at most 400 for 1048576 elements"),
-        (16, "valid", "Tiles", "no tap reads outside, and 16 taps share what they load in tiles"),
+        (26, "valid", "Regions", "26 taps in regions, at most 400 for 1048576 elements"),
+        (27, "valid", "Tiles", "no tap reads outside, and 27 taps share what they load in tiles"),
     ],
 )
 def test_sequences(kernel, padding, algorithm, why):
@@ -337,7 +337,8 @@ def test_sequences(kernel, padding, algorithm, why):
         ((8, 28, 28), (3, 3, 3), (1, 1, 1), "Tiles"),
         ((8, 28, 28), (1, 3, 3), (1, 1, 1), "Regions"),
         ((8, 28, 28), (3, 1, 1), (1, 1, 1), "Regions"),
-        ((8, 56, 56), (3, 3, 3), (1, 2, 2), "Regions"),  # two are cut off at one end only
+        ((8, 56, 56), (3, 3, 3), (1, 2, 2), "Regions"),
+        ((9, 29, 29), (3, 3, 3), (2, 2, 2), "Regions"),
         ((56, 56), (5, 5), (1, 1), "Regions"),
     ],
 )

@@ -51,14 +51,13 @@ class Tuning:
         took 1.2 times as long. Layers: 'MobileNetV2-*' 'EfficientNet-*'.
       region_dimensions: the most dimensions along which taps are cut off at both ends of an image
         in regions. With three, LLVM often does not vectorise: in tiles, a 3x3x3 kernel takes 0.15
-        to 0.35 of the time, and where LLVM does, up to 1.2. With strides of 1, 2 and 2, of which
-        two cut off at one end only, regions take 0.4 of the time. Command for this and the next
-        two: `--family volumes` and `--family sequences`.
+        to 0.35 of the time, and where LLVM does, up to 1.2. This and the next two are for strides
+        of 1. Command for all three: `--family volumes` and `--family sequences`.
       region_runs: the most regions along one dimension. With more, tiles take 0.35 to 1.1 of the
         time: kernels of 9 to 27 taps along a sequence, "same" or causal.
       whole_image_tile_taps: from as many taps on, tiles are taken where no tap reads outside the
-        image, so that nothing has to be padded. Tiles then take 0.6 to 1.2 of the time that single
-        outputs take for 16 taps, 0.2 to 0.9 for 31 to 50; for 11 taps and fewer 0.8 to 4.7.
+        image, so that nothing has to be padded. Tiles then take 0.2 to 0.9 of the time that single
+        outputs take for 27 to 50 taps, 0.6 to 1.2 for 16 to 25, 0.8 to 4.7 for 11 and fewer.
       tile_outputs: the most neighbouring outputs of a row that are computed together. Networks for
         images of 224x224 have rows of 7, 14, 28, 56 and 112 outputs, all multiples of 7. Layers:
         'ConvNeXtTiny-*'.
@@ -106,7 +105,7 @@ class Tuning:
     padded_taps: int = 2
     region_dimensions: int = 2
     region_runs: int = 8
-    whole_image_tile_taps: int = 16
+    whole_image_tile_taps: int = 27
     tile_outputs: int = 7
     row_outputs: int = 8
     unrolled_taps: int = 64
