@@ -1,4 +1,4 @@
-"""What the arguments of a layer may hold, and which argument is meant by a word that is none."""
+"""Checks of the arguments of a layer, and hints for names that are no arguments."""
 
 import dataclasses
 import difflib
@@ -70,7 +70,7 @@ _MEANT = {
 
 
 def with_hints(init: Callable[..., None]) -> Callable[..., None]:
-    """Makes a constructor answer an unknown or a nameless argument with the one that was meant."""
+    """Makes a constructor answer an unknown, missing or positional argument with a hint."""
     _, *parameters = inspect.signature(init).parameters.values()
     if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
         return init  # of a subclass, which hands them on to ours

@@ -25,7 +25,8 @@ _VOCABULARIES = {
     "constraint": constraints.VOCABULARY,
 }
 
-# Flax's arguments. Keras has a word for dtypes, which is not an argument, and none for the others.
+# Not written under their own names: the two dtypes become Keras's "dtype", a policy. Keras does not
+# know the others, which are written only where they are set.
 _OURS = ("dtype", "param_dtype", "precision", "method")
 
 # Keys that Keras 2 and 3 write and that set nothing here.
@@ -41,7 +42,7 @@ def vocabulary(argument: str) -> Vocabulary | None:
 
 
 def write(name: str | None, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a layer's settings as a config of Keras 3.
+    """Returns a layer's settings as a config in the dialect of Keras 3.
 
     Args:
       name: of the layer.
@@ -66,7 +67,7 @@ def write(name: str | None, settings: Mapping[str, Any]) -> dict[str, Any]:
     if settings["method"] != "auto":
         config["method"] = settings["method"]
     if settings["activation"] == "hard_sigmoid":
-        config["groups"] = 1
+        config["groups"] = 1  # Keras 2's mark: `read` then takes Keras 2's function
     # Tuples become lists, as they would in JSON.
     return {k: _lists(v) for k, v in config.items()}
 
@@ -83,7 +84,7 @@ def read(
       required: those of them that have no default.
 
     Raises:
-      TypeError: if a dict is none, or the name is no string.
+      TypeError: if something is not a dict, or the name neither a string nor None.
       ValueError: for another class, an unknown key, or if a required one is missing.
     """
     if not isinstance(config, Mapping):
@@ -139,7 +140,7 @@ def dtype(value: Any, name: str) -> np.dtype:
       name: the argument that an error names.
 
     Raises:
-      TypeError: for what is neither of these.
+      TypeError: for what is none of these.
       ValueError: for an unknown name, or a dtype that is not floating.
     """
     message = f"`{name}` must be a floating dtype, got {value!r}."

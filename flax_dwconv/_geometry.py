@@ -185,7 +185,7 @@ def precision(value: Any) -> tuple[lax.Precision, lax.Precision] | None:
       value: a `jax.lax.Precision`, its name in any case, a pair of them, or None.
 
     Raises:
-      TypeError: for what is neither of these.
+      TypeError: for what is none of these.
       ValueError: for another name, or another number of them.
     """
     if value is None:

@@ -47,7 +47,7 @@ class Settings:
     """The base of all layers: checks the arguments that its subclasses declare, and uses them.
 
     The constructor checks every argument and stores what it stands for (`3` as `(3, 3)`, `"l2"` as
-    `L2(l2=0.01)`), so that layers compare equal by their settings.
+    `L2(l2=0.01)`), so that linen layers with equal settings compare equal.
     """
 
     rank: ClassVar[int]
@@ -157,10 +157,11 @@ class Settings:
     def get_config(self) -> dict[str, Any]:
         """Returns the settings as a dict of JSON values, in the dialect of Keras 3.
 
-        Keras 3 reads it unless it says what Keras 3 has no word for: causal padding and explicit
-        pads, `precision`, `method`, and some pairs of `dtype` and `param_dtype`, which add keys of
-        their own where they are set. Keras 3 means its own function by "hard_sigmoid": for Keras
-        2's, `groups` marks Keras 2's dialect. `keras_io.to_config` refuses all of these.
+        Keras 3 reads it, unless a setting has no counterpart there: causal or explicit padding,
+        `precision`, `method`, or a pair of `dtype` and `param_dtype` that is no policy of Keras.
+        The last three are written under keys of their own. Keras 3 defines "hard_sigmoid" otherwise
+        than Keras 2, which is followed here: the key `groups` marks such a config as Keras 2's.
+        `keras_io.to_config` refuses all of these.
 
         Raises:
           ValueError: if a setting is a callable that has no Keras name.
@@ -312,7 +313,7 @@ class Settings:
 
 @dataclasses.dataclass
 class Depthwise(Settings):
-    """The arguments of Keras's depthwise layers in their order, then Flax's."""
+    """The arguments of Keras's depthwise layers in their order, then Flax's, then `method`."""
 
     prefixes: ClassVar[Mapping[str, str]] = {"kernel": "depthwise", "bias": "bias"}
 
@@ -415,7 +416,7 @@ class Depthwise1D(Depthwise):
         return y if self.data_format == "channels_last" else y.swapaxes(1, 2)
 
     def _next_state(self, x: jax.Array, state: ArrayLike) -> jax.Array:
-        """Returns the state after `x`, of which `_forward` has checked that it fits."""
+        """Returns the state after `x`: the inputs as they came, which `_forward` promotes."""
         return functional.next_state(self._channels_last(self._as_inexact(x)), jnp.asarray(state))
 
     def _channels_last(self, x: jax.Array) -> jax.Array:
@@ -424,7 +425,7 @@ class Depthwise1D(Depthwise):
 
 @dataclasses.dataclass
 class Separable(Settings):
-    """The arguments of Keras's separable layers in their order, then Flax's."""
+    """The arguments of Keras's separable layers in their order, then Flax's, then `method`."""
 
     prefixes: ClassVar[Mapping[str, str]] = {
         "depthwise_kernel": "depthwise",
@@ -471,8 +472,8 @@ class Separable(Settings):
         self, x: jax.Array, depthwise_kernel: jax.Array, pointwise_kernel: jax.Array
     ) -> jax.Array:
         y = self._depthwise(x, depthwise_kernel)
-        # A convolution with a kernel of one position is a matrix product, as which XLA:CPU compiles
-        # it better.
+        # A convolution with a kernel of one position is a matrix product. XLA:CPU compiles it
+        # better as one.
         axis = self._window.channel_axis % y.ndim
         matrix = pointwise_kernel.reshape(pointwise_kernel.shape[-2:])
         precision = _geometry.precision(self.precision)
@@ -481,7 +482,7 @@ class Separable(Settings):
 
 
 def setting_fields(layer: type[Settings]) -> list[dataclasses.Field[Any]]:
-    """Returns the fields of a layer that are its arguments here.
+    """Returns the fields that `Depthwise` or `Separable` declares.
 
     Linen adds fields of its own, and so may a subclass.
     """
@@ -493,7 +494,7 @@ def total_loss(losses: Any) -> jax.Array:
     """Returns the sum of all penalties in a collection "losses" of any nesting.
 
     Args:
-      losses: a pytree of arrays of any shape, such as `state["losses"]`, or an empty one.
+      losses: a pytree of arrays of any shape, such as `state["losses"]`; None or empty gives 0.
 
     Returns:
       A float32 scalar.
@@ -531,14 +532,14 @@ def _scalar(value: Any, name: str) -> jax.Array:
 def _stored(rectifier: activations.Activation, passes: activations.Activation) -> Any:
     """Returns a rectifier whose result is an array of its own in a train step on CPU.
 
-    The derivative of a rectifier reads its result. But XLA:CPU computes a cheap operation, such as
-    a maximum, once more for each of its readers, from the convolution plus bias, which is then an
-    array of its own. With the result computed once, a single loop has the convolution, its bias and
-    the rectifier; without it, a train step takes 1.1 times as long.
+    The derivative of a rectifier reads its result. XLA:CPU would not store that result: it stores
+    the convolution plus bias, and computes the rectifier again in each reader. With the result
+    stored, convolution, bias and rectifier are one loop. Otherwise a train step takes 1.1 times as
+    long.
 
     Args:
       rectifier: the function.
-      passes: where its derivative is 1, told by its result.
+      passes: given the result, where the derivative is 1.
     """
 
     @jax.custom_jvp

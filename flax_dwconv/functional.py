@@ -1,4 +1,7 @@
-"""The depthwise convolution as a pure function: `jax.lax.conv_general_dilated`, nothing else."""
+"""The depthwise convolution as pure functions: one `jax.lax.conv_general_dilated` each.
+
+Short pieces of a causal sequence, and packed documents, are sums of shifted inputs instead.
+"""
 
 import functools
 import math
@@ -35,7 +38,8 @@ def depthwise_conv(
         y[n, i, j, c*M + m] = sum_{a,b} x[n, i*s0 + a*d0 - p0, j*s1 + b*d1 - p1, c] * kernel[a, b,
         c, m]
 
-    where `x` is 0 outside its bounds: a cross-correlation, as everywhere in deep learning. It is
+    where each channel has `M` filters, of which `m` is one, and `x` is 0 outside its bounds: a
+    cross-correlation, as everywhere in deep learning. It is
     one `jax.lax.conv_general_dilated` with `feature_group_count = c`, so that every JAX
     transformation works by JAX's own rules: `jit`, `vmap`, forward and reverse mode to any order,
     `jax.export`, sharding.
@@ -101,8 +105,9 @@ def depthwise_conv(
     x = x.reshape(math.prod(batch), *x.shape[-rank - 1 :])
     pads = window.explicit_padding
     if not isinstance(pads, str) and min(map(min, pads)) < 0:
-        # XLA:CPU's kernel gradient is wrong for some pads that crop one end and add to the other:
-        # on jaxlib 0.10.2, for 6 rows, a kernel of 3 and the pads (-1, 1). We do that beforehand.
+        # XLA:CPU's kernel gradient is wrong for some pads that crop one end and add to the other
+        # (jaxlib 0.10.2: 6 rows, a kernel of 3, pads (-1, 1)). With any negative pad, we therefore
+        # pad and crop before the convolution.
         config = [(0, 0, 0)] * (rank + 2)
         for axis, (before, after) in zip(window.spatial_axes, pads, strict=True):
             config[axis] = (before, after, 0)
@@ -142,7 +147,7 @@ def _check_operands(x: jax.Array, kernel: jax.Array, window: _geometry.Window) -
 def _of_rank(
     rank: int, conv: Callable[_P, jax.Array]
 ) -> Callable[[Callable[[], None]], Callable[_P, jax.Array]]:
-    """Returns a decorator: a function with a docstring becomes `conv` for windows of `rank`."""
+    """Returns a decorator: a function becomes `conv` for one rank, and keeps name and docstring."""
 
     def decorate(described: Callable[[], None]) -> Callable[_P, jax.Array]:
         @functools.wraps(conv)
@@ -306,17 +311,18 @@ def causal_conv1d(
       segment_ids: integers `(*batch, l)` that name the document of each position, where several are
         packed into one sequence. For a position, those of other documents count as zeros. They
         exclude a `state`.
-      precision: see `depthwise_conv`. It concerns convolutions only.
-      method: see `depthwise_conv`. With "auto" and "taps", pieces of at most 16 positions are sums
-        of shifted inputs on every platform, if there are at most 64 taps; with `segment_ids` all
-        are, which make the sum another one for each position.
+      precision: see `depthwise_conv`. It has no effect on sums of shifted inputs.
+      method: see `depthwise_conv`. Unless it is "lax", pieces of at most 16 positions are sums of
+        shifted inputs on every platform, if the kernel has at most 64 taps. With `segment_ids`,
+        pieces of any length are, whatever the method: which taps count depends on the position, so
+        that it is no convolution.
 
     Returns:
       `y`, `(*batch, l, c*m)` in the dtype of `x`; and the next state, which is the last
       `(k - 1) * d` inputs, in the dtype of `state`, or of `x` if that is None.
 
     Raises:
-      TypeError: if an array is none, or has a dtype that does not fit.
+      TypeError: if an argument is not an array, or has a dtype that does not fit.
       ValueError: if the shapes do not fit, there is no position, or `segment_ids` and `state` are
         both given.
 
@@ -443,7 +449,7 @@ def _sum_of_shifts(
     """Convolves `x` after `state` as a sum of one product for each tap.
 
     With segments, each product is of the inputs in the segment of the output; all others count as
-    zeros, a NaN too. What is before the sequence is 0 in whichever segment it seems to be.
+    zeros, a NaN too. State and pads get the segment 0, which is harmless: the state is zeros then.
     """
     (k, c, m), (distance,) = kernel.shape, window.dilation_rate
     length, axis = x.shape[-2], x.ndim - 2

@@ -194,7 +194,7 @@ def to_keras(layer: _layer.Settings, variables: Mapping[str, Any]) -> Any:
 def load(
     path: str | os.PathLike[str], *, config: Mapping[str, Any] | str | None = None
 ) -> dict[str, tuple[linen.DepthwiseConv2D, dict[str, Any]]]:
-    """Returns every depthwise layer of a Keras file, with its weights.
+    """Returns every `DepthwiseConv2D` of a Keras file, with its weights.
 
     Keras need not be installed. Nothing in the file is executed or extracted to disk; custom
     objects and pickled functions next to the depthwise layers are passed over, and so are layers

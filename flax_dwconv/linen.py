@@ -12,7 +12,7 @@ from flax_dwconv import _geometry, _layer
 
 
 class _Module(nn.Module):
-    """The body of every layer here; `_layer.Settings` is beside it in their bases."""
+    """What all layers here inherit, together with a class of `_layer`."""
 
     @nn.compact
     def __call__(self: Any, x: jax.Array) -> jax.Array:
@@ -75,11 +75,11 @@ class DepthwiseConv1D(_layer.Depthwise1D, _Module):
         layer.apply(variables, x)         -> y
         layer.apply(variables, x, state)  -> (y, state)
 
-    and with `segment_ids` for packed documents, as `causal_conv1d` describes. A first state is that
-    of `initial_state`.
+    and with `segment_ids` for packed documents, as `causal_conv1d` describes. `initial_state`
+    returns the state before a sequence.
 
     Input shape:
-      `(n, l, c)`, or `(n, c, l)` with "channels_first". With both, a state is
+      `(n, l, c)`, or `(n, c, l)` with "channels_first". In both data formats a state is
       `(n, (k - 1) * dilation_rate, c)`.
 
     Output shape:
@@ -134,9 +134,9 @@ class DepthwiseConv1D(_layer.Depthwise1D, _Module):
 class DepthwiseConv2D(_layer.Depthwise, _Module):
     """Keras's `DepthwiseConv2D` as a linen module: `depthwise_conv2d`, plus bias, then activation.
 
-    Every argument is Keras's, in Keras's order and with its defaults; the last four are Flax's. An
-    identifier is a name ("l2"), a Keras config dict, a callable, an object of this package, or
-    None.
+    The arguments are Keras's, in Keras's order and with its defaults. Then come Flax's `dtype`,
+    `param_dtype` and `precision`, and `method`, which is this package's. An identifier is a name
+    ("l2"), a Keras config dict, a callable, an object of this package, or None.
 
     Penalties of the regularizers are sown in the collection "losses", as float32 scalars under the
     names "activity_penalty" (of the output after the activation, divided by the batch size),
@@ -275,9 +275,10 @@ class SeparableConv2D(_layer.Separable, _Module):
     """Keras's `SeparableConv2D` as a linen module: depthwise, then pointwise, bias, activation.
 
     A depthwise convolution, `depthwise_conv2d`, is followed by a matrix product over the channels.
-    Every argument is Keras's, in Keras's order and with its defaults; the last four are Flax's. All
-    that follow are described in `DepthwiseConv2D`, as are penalties, which here are named
-    "activity_penalty", "depthwise_kernel_penalty", "pointwise_kernel_penalty" and "bias_penalty".
+    The arguments are Keras's, in Keras's order and with its defaults, and then those that all
+    layers here add. They mean what they mean in `DepthwiseConv2D`. Penalties are sown as there, and
+    named "activity_penalty", "depthwise_kernel_penalty", "pointwise_kernel_penalty" and
+    "bias_penalty".
 
     Attributes:
       filters: the number of output channels.

@@ -41,7 +41,7 @@ class _Signature:
 
 
 class _Module(nnx.Module):
-    """The body of every layer here; `_layer.Settings` is beside it in their bases."""
+    """What all layers here inherit, together with a class of `_layer`."""
 
     __signature__ = _Signature()  # pyrefly: ignore[bad-override]
 
@@ -99,7 +99,10 @@ class _Module(nnx.Module):
                 self.losses[name].set_value(value)
 
     def _captured(self, name: str, value: jax.Array) -> bool:
-        """Whether an `nnx.capture` takes the penalty. Outside of one, `sow` is deprecated."""
+        """Hands the penalty to an `nnx.capture`, if there is one, and returns whether there is.
+
+        Outside of one, `sow` is deprecated.
+        """
         return hasattr(self, "__captures__") and self.sow(
             Loss,
             name,
@@ -138,7 +141,7 @@ class _Module(nnx.Module):
 
 
 class _Depthwise(_Module, _layer.Depthwise):
-    """The depthwise layers of any rank; `DepthwiseConv2D` has Keras's own defaults, (1, 1)."""
+    """The depthwise layers. `DepthwiseConv2D` repeats the constructor, for Keras's (1, 1)."""
 
     kernel: nnx.Param[jax.Array]
 
@@ -253,8 +256,8 @@ class DepthwiseConv1D(_layer.Depthwise1D, _Depthwise):
 class DepthwiseConv2D(_Depthwise):
     """Keras's `DepthwiseConv2D` as an nnx module: the twin of `flax_dwconv.DepthwiseConv2D`.
 
-    The arguments are that layer's, described there, between two of nnx's own. So are the outputs,
-    the gradients and the penalties, to the last bit.
+    The arguments are that layer's, described there, after `in_features` and before `rngs`. The
+    outputs, the gradients and the penalties are that layer's too, to the last bit.
 
     Each penalty of a regularizer that is set is one variable of the type `Loss`, in the dict
     `losses` under the name "activity_penalty", "kernel_penalty" or "bias_penalty". It is there, as

@@ -315,10 +315,10 @@ def chosen(axes, channels, constants=tuning.TUNING):
     [
         (4, "causal", "Regions", "10 taps in regions, at most 400 for 1048576 elements"),
         (8, "causal", "Regions", "36 taps in regions, at most 400 for 1048576 elements"),
-        (9, "causal", "Tiles", "more than 8 regions along a dimension"),
-        (31, "causal", "Tiles", "more than 8 regions along a dimension"),
+        (9, "causal", "Tiles", "up to 9 regions along a dimension, more than 8"),
+        (31, "causal", "Tiles", "up to 31 regions along a dimension, more than 8"),
         (7, "same", "Regions", "37 taps in regions, at most 400 for 1048576 elements"),
-        (9, "same", "Tiles", "more than 8 regions along a dimension"),
+        (9, "same", "Tiles", "up to 9 regions along a dimension, more than 8"),
         (26, "valid", "Regions", "26 taps in regions, at most 400 for 1048576 elements"),
         (27, "valid", "Tiles", "no tap reads outside, and 27 taps share what they load in tiles"),
     ],
@@ -346,7 +346,7 @@ def test_regions_along_three_dimensions(sizes, kernels, strides, algorithm):
     axes = [axis_of(*dimension) for dimension in zip(sizes, kernels, strides, strict=True)]
     found, why = chosen(axes, 192)
     assert found == algorithm
-    tiles = "taps cut off at both ends of more than 2 dimensions"
+    tiles = "several taps cut off along more than 2 dimensions"
     assert (why == tiles) == (algorithm == "Tiles")
 
 

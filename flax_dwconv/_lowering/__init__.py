@@ -89,7 +89,7 @@ def _check_function(f: Any) -> None:
         )
     if not inspect.isroutine(g):
         g = _innermost(g.__call__)
-    # What these return runs after the scope, and what runs meanwhile would be inside of it.
+    # Calling one of these runs nothing yet: its body would run after the scope has been left.
     kinds = inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction
     if any(kind(g) for kind in kinds):
         raise TypeError(
@@ -111,9 +111,9 @@ def method_scope(method: Method) -> contextlib.AbstractContextManager:
 
     Args:
       method: "auto" has it compiled as taps on CPU; "taps" on every platform; "lax" leaves it to
-        XLA. That needs a tag inside `accelerate` only, so that elsewhere the program has nothing
-        of this package in it. What autodiff derives inside `accelerate` from a function that was
-        traced outside of it has no tag then, and is compiled as taps.
+        XLA. Outside of `accelerate` that needs no tag, so that the program has nothing of this
+        package in it. The exception: if a function is traced outside of `accelerate` and
+        differentiated inside, the convolutions of the derivative get the tag of `accelerate`.
     """
     if method == "lax" and not _depth.value:
         return contextlib.nullcontext()

@@ -14,7 +14,7 @@ Phases = Sequence[Sequence[tuple[range, Axis]]]
 
 @dataclasses.dataclass(frozen=True)
 class Zeros:
-    """The outputs of a phase that no tap reads for."""
+    """Outputs that are 0, since no tap reads for them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +220,7 @@ def _regions(phases: Phases, most: int, tuning: Tuning) -> tuple[tuple[bool, ...
 
 
 def _better_in_tiles(axes: Sequence[Axis], effort: Effort, tuning: Tuning) -> str | None:
-    """Returns why an image would be slower in regions than padded, however few its taps are.
+    """Returns why a padded image is faster than one in regions of few taps, or None.
 
     Args:
       axes: the geometry, without phases.
@@ -234,15 +234,15 @@ def _better_in_tiles(axes: Sequence[Axis], effort: Effort, tuning: Tuning) -> st
         return (
             None  # neighbours share less: tiles take 0.6 to 1.8 of the time, and longer to compile
         )
-    # Runs of a dimension are at most as many as the taps that are cut off somewhere, and one.
+    # Along a dimension there are at most as many regions as taps that are cut off, plus one.
     cut = [sum(run.count < axis.out for _, run in axis.reads().values()) for axis in axes]
     if not any(cut):
         if kernel >= tuning.whole_image_tile_taps:
             return f"no tap reads outside, and {kernel} taps share what they load in tiles"
     elif sum(taps > 1 for taps in cut) > tuning.region_dimensions:
-        return f"taps cut off at both ends of more than {tuning.region_dimensions} dimensions"
+        return f"several taps cut off along more than {tuning.region_dimensions} dimensions"
     elif max(cut) + 1 > tuning.region_runs:
-        return f"more than {tuning.region_runs} regions along a dimension"
+        return f"up to {max(cut) + 1} regions along a dimension, more than {tuning.region_runs}"
     return None
 
 

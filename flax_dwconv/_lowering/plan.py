@@ -25,10 +25,12 @@ from flax_dwconv._lowering.forward_plan import Taps
 from flax_dwconv._lowering.kernel_gradient_plan import KernelGradient
 from flax_dwconv._lowering.tuning import Tuning
 
-# What a convolution is tagged with, and what is then compiled here: what `depthwise_conv2d` makes;
-# whatever is depthwise; that and pointwise convolutions; what `depthwise_conv2d` makes, on every
-# platform; nothing. The last is a tag as well: without one, derivatives that are traced inside
-# `accelerate` would be given its tag.
+# What a convolution is tagged with:
+# "ours": made by `depthwise_conv`, compiled here on CPU.
+# "depthwise": traced inside `accelerate`, compiled here on CPU if it is depthwise.
+# "separable": traced inside `accelerate(pointwise=True)`; if it is pointwise, too.
+# "taps": made by `depthwise_conv`, compiled here on every platform.
+# "xla": never compiled here. Without a tag, derivatives traced inside `accelerate` would get its.
 Tag = Literal["ours", "depthwise", "separable", "taps", "xla"]
 Kind = Literal["forward", "input gradient", "kernel gradient", "product"]
 
@@ -118,7 +120,7 @@ class Plan:
 
     Attributes:
       algorithm: what computes it, or None if it is left to XLA.
-      why: the reason for that, in words.
+      why: the reason for the algorithm, or for leaving it to XLA, in words.
       kind: which convolution it is. An input gradient that has neither a stride nor a multiplier is
         a forward convolution. None, if it is left to XLA.
       groups: the number of groups, the channels of a depthwise convolution.

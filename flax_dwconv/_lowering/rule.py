@@ -10,7 +10,7 @@ This is the only file that touches what JAX does not promise to keep:
 - the parameters of `lax.conv_general_dilated_p`: `window_strides`, `padding`, `lhs_dilation`,
   `rhs_dilation`, `dimension_numbers`, `feature_group_count`, `batch_group_count`, `precision`.
 
-If one of them goes away, one warning says so and XLA compiles every convolution.
+If one of them goes away, a warning says which, once for each, and XLA compiles every convolution.
 """
 
 import contextlib

@@ -6,8 +6,9 @@ a constant again, change its default here and compare two runs of
     python -m flax_dwconv.benchmark --layers PATTERN
 
 for a pattern of layers that it decides about. The descriptions name one, where the benchmark has
-such layers: it has neither multipliers nor kernels above 7x7. `plan.plan` says, on integers alone,
-which algorithm a layer gets.
+such layers. Its images have neither multipliers nor kernels above 7x7; `--family sequences` in
+place of `--layers` has kernels of up to 31 taps, `--draw` of up to 9x9. `plan.plan` says, on
+integers alone, which algorithm a layer gets.
 """
 
 import dataclasses
@@ -49,12 +50,14 @@ class Tuning:
         taps. Four padded taps are slower: 4 times for a 5x5 kernel along one dimension; and for a
         3x3 kernel along both dimensions where other operations are fused, MobileNetV2's inference
         took 1.2 times as long. Layers: 'MobileNetV2-*' 'EfficientNet-*'.
-      region_dimensions: the most dimensions along which taps are cut off at both ends of an image
-        in regions. With three, LLVM often does not vectorise: in tiles, a 3x3x3 kernel takes 0.15
-        to 0.35 of the time, and where LLVM does, up to 1.2. This and the next two are for strides
-        of 1. Command for all three: `--family volumes` and `--family sequences`.
-      region_runs: the most regions along one dimension. With more, tiles take 0.35 to 1.1 of the
-        time: kernels of 9 to 27 taps along a sequence, "same" or causal.
+      region_dimensions: the most dimensions along which several taps are cut off, for a kernel of 3
+        at both ends, if the image is to be in regions. With three, LLVM often does not vectorise:
+        in tiles, a 3x3x3 kernel takes 0.15 to 0.35 of the time, and where LLVM does, up to 1.2.
+        This and the next two are for strides of 1. All three are measured with `--family volumes`
+        and `--family sequences`.
+      region_runs: the most regions along one dimension, estimated as the taps that are cut off,
+        plus one. With more, tiles take 0.35 to 1.1 of the time: kernels of 9 to 27 taps along a
+        sequence, "same" or causal.
       whole_image_tile_taps: from as many taps on, tiles are taken where no tap reads outside the
         image, so that nothing has to be padded. Tiles then take 0.2 to 0.9 of the time that single
         outputs take for 27 to 50 taps, 0.6 to 1.2 for 16 to 25, 0.8 to 4.7 for 11 and fewer.

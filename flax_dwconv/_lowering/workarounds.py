@@ -21,8 +21,8 @@ def materialized(*arrays: jax.Array) -> Sequence[jax.Array]:
     """Keeps XLA from computing the arrays anew for every tap that reads them.
 
     In a network, operands are expressions, and XLA:CPU fuses an expression into each of its
-    readers. An `optimization_barrier` does not help up to jax 0.11.0, where it is gone before
-    fusion; from 0.11.1 on it holds. A call that is not inlined stays, and costs nothing.
+    readers. Up to jax 0.11.0 an `optimization_barrier` does not help: XLA removes it before fusion.
+    From 0.11.1 on it would. A call that is not inlined stays, and costs nothing.
 
     The call takes and returns the arrays without their dimensions of size 1: XLA gives such a
     dimension any place in the layout, and then copies the array for the call.
