@@ -1,7 +1,7 @@
 """The layers for `flax.linen`."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, overload
 
 import flax.linen as nn
 import jax
@@ -109,6 +109,12 @@ class DepthwiseConv1D(_layer.Depthwise1D, _Module):
     Source: `keras.layers.DepthwiseConv1D`.
     """
 
+    @overload
+    def __call__(
+        self, x: jax.Array, state: None = None, *, segment_ids: jax.Array | None = None
+    ) -> jax.Array: ...
+    @overload
+    def __call__(self, x: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]: ...
     @nn.compact
     def __call__(
         self,

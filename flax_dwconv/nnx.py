@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, overload
 
 import jax
 import jax.numpy as jnp
@@ -212,6 +212,12 @@ class DepthwiseConv1D(_layer.Depthwise1D, _Depthwise):
     Source: `keras.layers.DepthwiseConv1D`.
     """
 
+    @overload
+    def __call__(
+        self, x: jax.Array, state: None = None, *, segment_ids: jax.Array | None = None
+    ) -> jax.Array: ...
+    @overload
+    def __call__(self, x: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]: ...
     def __call__(
         self,
         x: jax.Array,
