@@ -14,7 +14,7 @@ import numbers
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ PaddingLike = str | int | Sequence[int] | Sequence[Sequence[int]]
 Precision = lax.Precision | str | tuple[lax.Precision | str, lax.Precision | str] | None
 Method = Literal["auto", "lax", "taps"]
 
-METHODS = ("auto", "lax", "taps")
+METHODS = get_args(Method)
 DATA_FORMATS = ("channels_first", "channels_last")
 
 

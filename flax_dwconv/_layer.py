@@ -267,7 +267,7 @@ class Settings:
             y = y + bias.reshape(shape)
         activation = activations.get(self.activation)
         if self.method != "lax":
-            activation = _STORED.get(activation, activation)
+            activation = _STORED.get(id(activation), activation)
         return activation(y)
 
     def _as_inexact(self, x: jax.Array) -> jax.Array:
@@ -559,6 +559,7 @@ def _stored(rectifier: activations.Activation, passes: activations.Activation) -
     return wrapped
 
 
+# By identity: an activation of the user's need not be hashable.
 _STORED = {
-    rectifier: _stored(rectifier, passes) for rectifier, passes in activations.PASSES.items()
+    id(rectifier): _stored(rectifier, passes) for rectifier, passes in activations.PASSES.items()
 }

@@ -1,5 +1,6 @@
 """The linen layer: numbers, shapes, penalties, configs, and its life inside other modules."""
 
+import dataclasses
 import json
 import os
 
@@ -838,3 +839,21 @@ def test_export_with_symbolic_batch():
 def test_the_package_is_where_the_layer_is():
     assert flax_dwconv.DepthwiseConv2D is DepthwiseConv2D
     assert DepthwiseConv2D.__module__ == "flax_dwconv.linen"
+
+
+@dataclasses.dataclass
+class Scaled:
+    """An activation that cannot be hashed, as a dataclass is that may change."""
+
+    by: list
+
+    def __call__(self, x):
+        return x * self.by[0]
+
+
+def test_an_activation_need_not_be_hashable():
+    layer = DepthwiseConv2D(3, activation=Scaled([2.0]))
+    x = oracle.integers(0, 1, 5, 5, 2)
+    variables = parameters(layer, x)
+    y = oracle.forward(x, variables["params"]["kernel"]) + variables["params"]["bias"]
+    np.testing.assert_array_equal(layer.apply(variables, x), 2 * y)
