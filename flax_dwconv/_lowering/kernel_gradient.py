@@ -53,9 +53,13 @@ def _passes(x: jax.Array, g: jax.Array, gradient: plan.KernelGradient) -> jax.Ar
             return _taps(windows.moving_window(x, start), g, blocks, gradient)
 
         y = lax.map(step, jnp.arange(math.prod(gradient.grid)))
-    # In order: there is one pass, or a pass has taps of the last dimension only.
-    y = y.reshape(*[n * m for n, m in zip(gradient.grid, gradient.taps, strict=True)], -1)
-    return lax.slice_in_dim(y, 0, gradient.out, axis=len(gradient.grid) - 1)
+    grid, taps, c = gradient.grid, gradient.taps, y.shape[-1]
+    if any(n > 1 for n in taps[:-1]) and math.prod(grid) > 1:  # else the taps are in order
+        pairs = [(d, d + len(grid)) for d in range(len(grid))]
+        order = [*itertools.chain(*pairs), 2 * len(grid)]
+        y = lax.transpose(y.reshape(*grid, *taps, c), order)
+    y = y.reshape(*[n * m for n, m in zip(grid, taps, strict=True)], c)
+    return lax.slice(y, [0] * y.ndim, [*gradient.outs, c])
 
 
 def _taps(
