@@ -32,13 +32,17 @@ def _flag(value: Any, name: str) -> bool:
 
 
 def _activation(value: Any) -> Any:
-    """Returns the name of an activation that has one: it prints and compares better."""
+    """Returns the name of an activation that has one: it prints and compares better.
+
+    A callable stays what it is if its name stands for another function of the same values: whoever
+    passes `jax.nn.relu` finds that in the jaxpr, and not the `relu` of this package.
+    """
     function = activations.VOCABULARY.get(value, "activation")
     try:
         name = activations.serialize(function)
     except ValueError:
         return function
-    return name if isinstance(name, str) else function
+    return name if isinstance(name, str) and activations.get(name) is function else function
 
 
 _CHECKS: dict[str, Callable[[Any, str], Any]] = {
