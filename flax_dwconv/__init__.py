@@ -6,11 +6,12 @@
   `DepthwiseConv2D`, `DepthwiseConv3D`, `SeparableConv1D`, `SeparableConv2D`.
 - Models that know nothing of this package, made fast on CPU: `accelerate`.
 - Training: `total_loss` sums the penalties of regularizers; `constrain` and `collect_constraints`
-  apply weight constraints in an optax chain.
+  apply weight constraints in an optax chain; `depthwise_kernels` makes masks for weight decay.
 - What Keras's words mean: `initializers`, `activations`, `regularizers`, `constraints`, each with
   `get` and `serialize`.
-- Trained weights: `keras_io` reads and writes Keras's layers, configs and files; `torch_io`
-  converts those of PyTorch, Flax, Haiku and Equinox.
+- Trained weights: `keras_io` reads and writes Keras's layers, configs and files; `weights`
+  converts those of PyTorch, Flax, Haiku and Equinox; `fold_batch_norm` makes layer and batch
+  normalization one layer.
 - Programs: `python -m flax_dwconv` is a demo, `python -m flax_dwconv.benchmark` the benchmark.
 """
 
@@ -21,10 +22,12 @@ from flax_dwconv import keras_io as keras_io
 from flax_dwconv import nnx as nnx
 from flax_dwconv import regularizers as regularizers
 from flax_dwconv import torch_io as torch_io
+from flax_dwconv import weights as weights
 from flax_dwconv._layer import total_loss as total_loss
 from flax_dwconv._lowering import accelerate as accelerate
 from flax_dwconv._optim import collect_constraints as collect_constraints
 from flax_dwconv._optim import constrain as constrain
+from flax_dwconv._optim import depthwise_kernels as depthwise_kernels
 from flax_dwconv.functional import causal_conv1d as causal_conv1d
 from flax_dwconv.functional import depthwise_conv as depthwise_conv
 from flax_dwconv.functional import depthwise_conv1d as depthwise_conv1d
@@ -35,6 +38,7 @@ from flax_dwconv.linen import DepthwiseConv2D as DepthwiseConv2D
 from flax_dwconv.linen import DepthwiseConv3D as DepthwiseConv3D
 from flax_dwconv.linen import SeparableConv1D as SeparableConv1D
 from flax_dwconv.linen import SeparableConv2D as SeparableConv2D
+from flax_dwconv.weights import fold_batch_norm as fold_batch_norm
 
 __version__ = "0.2.0.dev0"
 
@@ -56,9 +60,12 @@ __all__ = [
     "depthwise_conv1d",
     "depthwise_conv2d",
     "depthwise_conv3d",
+    "depthwise_kernels",
+    "fold_batch_norm",
     "initializers",
     "keras_io",
     "regularizers",
     "torch_io",
     "total_loss",
+    "weights",
 ]

@@ -1,5 +1,6 @@
-"""Constraints in optax: the transformation that applies them, and the tree of a model's own."""
+"""Constraints in optax, and trees that say of each parameter of a model what optax should know."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -111,7 +112,7 @@ def _is_absent(leaf: Any) -> bool:
     return leaf is None or isinstance(leaf, optax.MaskedNode)
 
 
-# The constraints of a model.
+# What is known about the parameters of a model.
 
 
 def collect_constraints(model: Any, *example_inputs: Any, **kwargs: Any) -> Mapping[str, Any]:
@@ -142,22 +143,100 @@ def collect_constraints(model: Any, *example_inputs: Any, **kwargs: Any) -> Mapp
         >>> tree["layers_0"], tree["layers_1"]
         ({'bias': None, 'kernel': MaxNorm(max_value=2.0, axis=0)}, {'bias': None, 'kernel': None})
     """
+    found = _found(model, example_inputs, kwargs, _constraints)
+    return jax.tree.map(lambda f: f and _stacked(f.answer, f.axes), found, is_leaf=_is_none)
+
+
+def depthwise_kernels(model: Any, *example_inputs: Any, **kwargs: Any) -> Mapping[str, Any]:
+    """Returns which parameters of a model are depthwise kernels, for a mask of optax.
+
+    They are those of this package's layers, under any name and at any depth, the depthwise kernel
+    of a separable layer included, and those of depthwise `nn.Conv` and `nnx.Conv`. The shapes alone
+    would not tell: (3, 3, 3, 32) is a depthwise kernel or that of an ordinary convolution.
+
+    Args:
+        model: a linen or an nnx module, as for `collect_constraints`.
+        *example_inputs: what a linen model is called with; nnx models need none.
+        **kwargs: its keyword arguments.
+
+    Returns:
+        A tree of the structure of `variables["params"]`, or of `nnx.state(model, nnx.Param)`, with
+        a bool for each parameter.
+
+    Raises:
+        TypeError: `model` is no module.
+
+    Example:
+        Weight decay for all parameters but depthwise kernels and whatever has one axis:
+
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, optax
+        >>> import flax_dwconv
+        >>> model = nn.Sequential([flax_dwconv.DepthwiseConv2D(3), nn.Dense(10)])
+        >>> x = jnp.ones((1, 8, 8, 3))
+        >>> params = model.init(jax.random.key(0), x)["params"]
+        >>> kernels = flax_dwconv.depthwise_kernels(model, x)
+        >>> kernels["layers_0"]
+        {'bias': False, 'kernel': True}
+        >>> mask = jax.tree.map(lambda dw, p: not dw and p.ndim > 1, kernels, params)
+        >>> tx = optax.chain(optax.add_decayed_weights(1e-4, mask), optax.sgd(0.1))
+        >>> mask["layers_0"], mask["layers_1"]
+        ({'bias': False, 'kernel': False}, {'bias': False, 'kernel': True})
+    """
+    found = _found(model, example_inputs, kwargs, _depthwise)
+    mask = jax.tree.map(lambda f: f is not None, found, is_leaf=_is_none)
+    return nnx.State(mask) if isinstance(model, nnx.Module) else mask  # pyrefly: ignore
+
+
+# A question about a layer, called with `args` and `kwargs`: the answer for each of its parameters
+# that has one, by name. Asked twice, it gives the same objects.
+_Question = Callable[[Any, Any, Any], dict[str, Any]]
+
+
+def _constraints(layer: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    if not isinstance(layer, _layer.Settings):
+        return {}
+    of = {name: getattr(layer, f"{word}_constraint") for name, word in layer.prefixes.items()}
+    return {name: constraint for name, constraint in of.items() if constraint is not None}
+
+
+def _depthwise(layer: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    if isinstance(layer, _layer.Settings):
+        return {next(iter(layer.prefixes)): True}
+    if isinstance(layer, nnx.Conv):
+        channels = layer.in_features
+    elif isinstance(layer, nn.Conv):
+        channels = next((x.shape[-1] for x in (*args, *kwargs.values())), 1)
+    else:
+        return {}
+    return {"kernel": True} if 1 < channels == layer.feature_group_count else {}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """The answer for a parameter, and the axes that Flax's transformations stacked it along."""
+
+    answer: Any
+    axes: tuple[int, ...]
+
+
+def _found(model: Any, args: Any, kwargs: Any, ask: _Question) -> Mapping[str, Any]:
+    """Returns a tree like the parameters, with `_Found` or None for each."""
     if isinstance(model, nn.Module):
-        return _of_linen(model, example_inputs, kwargs)
+        return _of_linen(model, args, kwargs, ask)
     if isinstance(model, nnx.Module):
-        return _of_nnx(model)
+        return _of_nnx(model, ask)
     raise TypeError(f"`model` must be a linen or an nnx module, got {type(model).__name__}.")
 
 
 class _Asked(struct.PyTreeNode, meta.AxisMetadata):
-    """A box for the parameter of a constrained layer.
+    """A box for a parameter about which there is an answer.
 
     Flax's transformations tell a box which axes they add, one after the other. The shapes alone
     would not tell: a weight of shape (3, 3, 3, c, m) may be stacked along any of three axes.
     """
 
     value: Any
-    constraint: int = struct.field(pytree_node=False)  # its id: any object may be a constraint
+    answer: int = struct.field(pytree_node=False)  # its id: any object may be a constraint
     axes: tuple[int, ...] = struct.field(pytree_node=False, default=())
 
     def unbox(self) -> Any:
@@ -178,20 +257,17 @@ class _Asked(struct.PyTreeNode, meta.AxisMetadata):
 _TRACES = itertools.count()
 
 
-def _of_linen(model: nn.Module, args: Any, kwargs: Any) -> Mapping[str, Any]:
-    asked: dict[int, Projection] = {}
+def _of_linen(model: nn.Module, args: Any, kwargs: Any, ask: _Question) -> Mapping[str, Any]:
+    answers: dict[int, Any] = {}
 
     def box_parameters(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         layer, own = context.module, {}
-        if not isinstance(layer, _layer.Settings):
-            return call(*args, **kwargs)
-        for prefix in layer.prefixes.values():
-            constraint = getattr(layer, f"{prefix}_constraint")
-            if constraint is not None:
-                asked[id(constraint)] = constraint
-                name = f"{prefix}_initializer"
-                own[name] = getattr(layer, name)
-                object.__setattr__(layer, name, _boxed(id(constraint)))
+        for parameter, answer in ask(layer, args, kwargs).items():
+            answers[id(answer)] = answer
+            ours = isinstance(layer, _layer.Settings)
+            name = f"{layer.prefixes[parameter]}_initializer" if ours else f"{parameter}_init"
+            own[name] = getattr(layer, name)
+            object.__setattr__(layer, name, _boxed(id(answer)))
         try:
             return call(*args, **kwargs)
         finally:
@@ -211,31 +287,31 @@ def _of_linen(model: nn.Module, args: Any, kwargs: Any) -> Mapping[str, Any]:
     with nn.intercept_methods(box_parameters):
         params = jax.eval_shape(init, arrays).get("params", {})
     return jax.tree.map(
-        lambda p: _stacked(asked[p.constraint], p.axes) if isinstance(p, _Asked) else None,
+        lambda p: _Found(answers[p.answer], p.axes) if isinstance(p, _Asked) else None,
         params,
         is_leaf=meta.is_axis_metadata,
     )
 
 
-def _boxed(constraint: int) -> Callable[..., _Asked]:
+def _boxed(answer: int) -> Callable[..., _Asked]:
     def initializer(key: jax.Array, shape: Sequence[int], dtype: DTypeLike) -> _Asked:
-        return _Asked(jnp.zeros(shape, dtype), constraint)
+        return _Asked(jnp.zeros(shape, dtype), answer)
 
     return initializer
 
 
-def _of_nnx(model: nnx.Module) -> Mapping[str, Any]:
-    asked: dict[int, Projection] = {}
+def _of_nnx(model: nnx.Module, ask: _Question) -> Mapping[str, Any]:
+    found: dict[int, _Found] = {}
     for _, layer in nnx.iter_modules(model):
-        if isinstance(layer, _layer.Settings):
-            for name, parameter in layer._parameters(layer.in_features).items():  # pyrefly: ignore
-                if parameter.constraint is not None:
-                    variable = getattr(layer, name)
-                    axes = _added_axes(variable.shape, parameter.shape)
-                    asked[id(variable)] = _stacked(parameter.constraint, axes)
+        for name, answer in ask(layer, (), {}).items():
+            variable, axes = getattr(layer, name), ()
+            if isinstance(layer, _layer.Settings):
+                own = layer._shapes(layer.in_features)[name]  # pyrefly: ignore
+                axes = _added_axes(variable.shape, own)
+            found[id(variable)] = _Found(answer, axes)
     return traverse_util.unflatten_dict(
         {
-            path: asked.get(id(variable))
+            path: found.get(id(variable))
             for path, variable in nnx.iter_graph(model)
             if isinstance(variable, nnx.Param)
         }

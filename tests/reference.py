@@ -15,7 +15,7 @@ from flax_dwconv import (
     keras_io,
     nnx,
     regularizers,
-    torch_io,
+    weights,
 )
 
 HEAD = """# API reference
@@ -27,7 +27,7 @@ SECTIONS = {
     "Functions and linen layers": flax_dwconv,
     "nnx layers": nnx,
     "Keras's configs, layers and files": keras_io,
-    "Weights of PyTorch, Flax, Haiku and Equinox": torch_io,
+    "Weights of PyTorch, Flax, Haiku and Equinox": weights,
     "Initializers": initializers,
     "Activations": activations,
     "Regularizers": regularizers,

@@ -83,7 +83,9 @@ ALLOWED = {
     "linen": {"_geometry", "_layer", "flax"},
     "nnx": {"_geometry", "_layer", "_vocabulary", "flax"},
     "keras_io": {"_config", "_layer", "_vocabulary", "linen", "flax"},
-    "torch_io": {"_geometry", "flax"},
+    "_state_dict": set(),
+    "weights": {"_geometry", "_state_dict", "flax"},
+    "torch_io": {"weights"},
     "__init__": None,  # everything of the package, nothing else
     "__main__": None,  # a program: a user of the library
     "benchmark": None,
@@ -186,7 +188,7 @@ def test_no_private_jax_and_internals_in_one_room(path):
 @modules
 def test_foreign_frameworks_are_never_imported_with_the_package(path):
     names = {name.split(".")[0] for name in imports(at_module_level(read(path)))}
-    assert not names & {"keras", "tf_keras", "tensorflow", "torch", "haiku"}
+    assert not names & {"keras", "tf_keras", "tensorflow", "torch", "haiku", "safetensors"}
 
 
 @modules
@@ -218,7 +220,7 @@ def test_a_star_import_leaves_the_names_of_flax_alone():
     scope = {}
     exec("from flax import nnx, linen\nfrom flax_dwconv import *", scope)
     assert scope["nnx"] is flax.nnx and scope["linen"] is flax.linen
-    assert set(flax_dwconv.__all__) == CALLABLES | MODULES | {"keras_io", "torch_io"}
+    assert set(flax_dwconv.__all__) == CALLABLES | MODULES | {"keras_io", "torch_io", "weights"}
     assert flax_dwconv.__all__ == sorted(flax_dwconv.__all__)
 
 
@@ -240,6 +242,8 @@ CALLABLES = {
     "depthwise_conv1d",
     "depthwise_conv2d",
     "depthwise_conv3d",
+    "depthwise_kernels",
+    "fold_batch_norm",
     "total_loss",
 }
 

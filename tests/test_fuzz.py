@@ -45,7 +45,7 @@ from flax_dwconv import (
     initializers,
     keras_io,
     regularizers,
-    torch_io,
+    weights,
 )
 from flax_dwconv._lowering import tuning
 
@@ -559,8 +559,8 @@ ARRAYS = st.builds(
 
 
 READERS = {
-    torch_io.from_torch: {"a.weight": np.ones((4, 1, 3, 2), "f4"), "a.bias": np.ones(4, "f4")},
-    torch_io.from_flax: {"kernel": np.ones((3, 2, 1, 4), "f4"), "bias": np.ones(4, "f4")},
+    weights.from_torch: {"a.weight": np.ones((4, 1, 3, 2), "f4"), "a.bias": np.ones(4, "f4")},
+    weights.from_flax: {"kernel": np.ones((3, 2, 1, 4), "f4"), "bias": np.ones(4, "f4")},
 }
 
 
@@ -568,9 +568,9 @@ READERS = {
 @examples(150)
 @given(data=st.data())
 def test_damaged_weights(reader, data):
-    weights = data.draw(damaged(READERS[reader], ARRAYS | HUGE | JUNK))
+    source = data.draw(damaged(READERS[reader], ARRAYS | HUGE | JUNK))
     m = data.draw(st.sampled_from([2, 4]) | HUGE | JUNK)
-    params = refuses_or_works(lambda: reader(weights, depth_multiplier=m))
+    params = refuses_or_works(lambda: reader(source, depth_multiplier=m))
     if params is not None:
         *_, c, m = params["kernel"].shape
         assert params.get("bias", np.ones(c * m)).shape == (c * m,)

@@ -679,10 +679,11 @@ regularizers.L2(l2=0.01)
 regularizers.OrthogonalRegularizer(factor=0.01, mode='rows')
 regularizers.get(identifier)
 regularizers.serialize(obj)
-torch_io.from_flax(params_or_kernel, *, depth_multiplier=1)
-torch_io.from_torch(state_dict_or_weight, *, depth_multiplier=1)
-torch_io.to_flax(params)
-torch_io.to_torch(params)
+weights.fold_batch_norm(params, batch_stats, epsilon)
+weights.from_flax(params_or_kernel, *, depth_multiplier=1)
+weights.from_torch(state_dict, *, depth_multiplier=1, prefix=None)
+weights.to_flax(params)
+weights.to_torch(params)
 """
 
 
