@@ -1,4 +1,4 @@
-"""Constraints in optax: the transformation that applies them, the tree of a model's own."""
+"""Constraints in optax, trees of what a model has of them and of depthwise kernels."""
 
 import flax
 import flax.linen as nn
@@ -12,7 +12,13 @@ from flax import nnx
 from flax.core import meta
 
 import flax_dwconv
-from flax_dwconv import DepthwiseConv2D, collect_constraints, constrain, constraints
+from flax_dwconv import (
+    DepthwiseConv2D,
+    collect_constraints,
+    constrain,
+    constraints,
+    depthwise_kernels,
+)
 
 KEY = jax.random.key(0)
 MAX, UNIT, NON_NEG = constraints.MaxNorm(), constraints.UnitNorm(), constraints.NonNeg()
@@ -317,3 +323,100 @@ def test_frozen_layers_in_nnx():
     np.testing.assert_array_equal(model.layers[0].kernel[...], before)
     norm = np.linalg.norm(model.layers[1].kernel[...], axis=0)
     np.testing.assert_allclose(norm, 1, rtol=1e-5)
+
+
+# depthwise_kernels
+
+
+class Block(nn.Module):
+    """Layers under names that say nothing, beside convolutions of the same shape."""
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        x = nn.Conv(3, (3, 3), name="stem")(x)
+        x = DepthwiseConv2D(3, depth_multiplier=3, name="one")(x)
+        x = nn.Conv(9, (1, 1), name="two")(x)
+        x = nn.BatchNorm(use_running_average=not train, name="three")(x)
+        x = flax_dwconv.SeparableConv2D(9, 3, use_bias=False, padding="same", name="four")(x)
+        x = nn.Conv(18, (3, 3), feature_group_count=9, name="five")(x)
+        x = nn.Conv(18, (3, 3), feature_group_count=2, name="six")(inputs=x)
+        return nn.Conv(18, (3, 3), feature_group_count=18, name="seven")(inputs=x)
+
+
+class Nested(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = Block(name="block")(x, train=False)
+        return lifted(nn.vmap, 1)(name="stack")(x)[0].sum(0)
+
+
+def found(mask):
+    """The paths of the depthwise kernels."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(mask)
+    assert all(isinstance(leaf, bool) for _, leaf in flat)
+    return {"/".join(str(getattr(k, "key", k)) for k in path) for path, leaf in flat if leaf}
+
+
+BLOCK = {"one/kernel", "four/depthwise_kernel", "five/kernel", "seven/kernel"}
+
+
+def decayed(params, mask, updated_params):
+    """Weight decay and nothing else: what it moved is what the mask says."""
+    moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), params, updated_params)
+    jax.tree.map(lambda m, p: np.testing.assert_equal(m, p), moved, mask)
+
+
+def test_depthwise_kernels_of_a_linen_model():
+    x = jnp.ones((1, 9, 9, 3))
+    model = Nested()
+    shapes = jax.eval_shape(model.init, KEY, x)["params"]
+    kernels = depthwise_kernels(model, x)
+    assert jax.tree.structure(kernels) == jax.tree.structure(shapes)
+    assert found(kernels) == {f"block/{name}" for name in BLOCK} | {"stack/conv/kernel"}
+
+    params = jax.tree.map(lambda p: jnp.ones(p.shape), shapes)
+    mask = jax.tree.map(lambda dw, p: not dw and p.ndim > 1, kernels, params)
+    tx = optax.chain(optax.add_decayed_weights(0.1, mask=mask), optax.sgd(0.1))
+    new, _ = updated(tx, params, jax.tree.map(jnp.zeros_like, params))
+    decayed(params, mask, new)
+    assert mask["block"]["two"] == {"kernel": True, "bias": False}
+
+
+class NNXBlock(nnx.Module):
+    def __init__(self, rngs):
+        self.stem = nnx.Conv(3, 3, (3, 3), rngs=rngs)
+        self.one = flax_dwconv.nnx.DepthwiseConv2D(3, 3, depth_multiplier=3, rngs=rngs)
+        self.two = nnx.Conv(9, 9, (1, 1), rngs=rngs)
+        self.three = nnx.BatchNorm(9, use_running_average=True, rngs=rngs)
+        self.four = flax_dwconv.nnx.SeparableConv2D(9, 9, 3, use_bias=False, rngs=rngs)
+        self.five = nnx.Conv(9, 18, (3, 3), feature_group_count=9, rngs=rngs)
+        self.six = nnx.Conv(18, 18, (3, 3), feature_group_count=2, rngs=rngs)
+        self.seven = nnx.Conv(18, 18, (3, 3), feature_group_count=18, rngs=rngs)
+
+
+def test_depthwise_kernels_of_an_nnx_model():
+    model = nnx.Sequential(NNXBlock(nnx.Rngs(0)))
+    kernels = depthwise_kernels(model)
+    assert found(kernels) == {f"layers/0/{name}" for name in BLOCK}
+    params = nnx.state(model, nnx.Param)
+    mask = jax.tree.map(lambda dw: not dw, kernels)
+    before = jax.tree.map(jnp.copy, nnx.as_pure(params))
+    tx = optax.chain(optax.add_decayed_weights(0.1, mask=mask), optax.sgd(0.1))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    optimizer.update(model, jax.tree.map(jnp.zeros_like, params))
+    after = nnx.as_pure(nnx.state(model, nnx.Param))
+    zero = jax.tree.map(lambda p: not np.any(p), before)  # biases, which decay to themselves
+    decayed(before, jax.tree.map(lambda m, z: m and not z, mask, zero), after)
+
+
+def test_depthwise_kernels_of_what_is_no_module():
+    with pytest.raises(TypeError, match="`model` must be a linen or an nnx module, got dict"):
+        depthwise_kernels({})
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_depthwise_kernels_of_stacks(name):
+    module, _, _ = STACKS[name]
+    for _ in range(2):
+        kernels = depthwise_kernels(module(), jnp.ones((1, 4, 4, 3)))
+        assert kernels == {"conv": {"kernel": True, "bias": False}}
