@@ -50,10 +50,12 @@ ALLOWED = {
         "_lowering.windows",
         "_lowering.workarounds",
     },
+    "_lowering.patches": {"_lowering.plan", "_lowering.windows"},
     "_lowering.product": {"_lowering.axis", "_lowering.plan", "_lowering.windows"},
     "_lowering.program": {
         "_lowering.forward",
         "_lowering.kernel_gradient",
+        "_lowering.patches",
         "_lowering.plan",
         "_lowering.product",
         "_lowering.tuning",

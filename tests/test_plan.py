@@ -220,6 +220,34 @@ def test_a_multiplier_is_copies_of_the_image():
     assert planned(forward()).copies == 1
 
 
+@pytest.mark.parametrize("make", [forward, input_gradient, kernel_gradient])
+def test_windows_that_do_not_overlap_are_patches(make):
+    """As taps they took 50 to 100 times as long as in XLA, and as many copies as filters."""
+    found = planned(make(size=64, c=3, k=8, stride=8, m=16))
+    assert type(found.algorithm) is plan.Patches
+    assert found.kind == found.algorithm.kind == make.__name__.replace("_", " ")
+    # More taps than patches: the kernel gradient is larger than the cotangent.
+    assert type(planned(make(size=32, c=3, k=16, stride=16, m=384)).algorithm) is plan.Patches
+    # Few products are taps, and so is what overlaps.
+    assert type(planned(make(size=64, c=3, k=8, stride=8)).algorithm) is not plan.Patches
+    assert type(planned(make(size=64, c=3, k=8, stride=7, m=2)).algorithm) is not plan.Patches
+
+
+def test_what_xla_does_better_is_left_to_it():
+    large = dict(n=8, size=512, c=4, k=3, stride=4, m=32)
+    assert planned(forward(**large)).algorithm is None
+    assert type(planned(kernel_gradient(**large)).algorithm) is plan.Patches
+    # Strides that leave a fraction of the copies: one for each of 64 filters.
+    copied = dict(n=2, size=112, c=3, k=7, stride=4, m=64)
+    assert planned(forward(**copied)).algorithm is None
+    assert planned(kernel_gradient(**copied)).copies == 1
+    assert planned(forward(**copied | dict(stride=1))).copies == 64
+    # But taps that were asked for are never left to it.
+    assert type(planned(forward(**large, tag="taps")).algorithm) is plan.Patches
+    asked = planned(forward(**copied, tag="taps"))
+    assert type(asked.algorithm) is forward_plan.Taps and asked.copies == 1
+
+
 # Which algorithm
 
 

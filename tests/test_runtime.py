@@ -324,6 +324,28 @@ def test_temporary_memory(shape, channels):
     assert max(ratios.values()) <= 2.5, ratios
 
 
+@pytest.mark.parametrize(
+    ("shape", "window", "multiplier", "stride"),
+    [
+        ((4, 224, 224, 3), 16, 64, 16),
+        ((1, 224, 224, 3), 16, 384, 16),
+        ((8, 512, 512, 4), 3, 32, 4),
+        ((2, 112, 112, 3), 7, 64, 4),
+        ((2, 56, 56, 32), 3, 8, 2),
+        ((2, 56, 56, 8), 3, 32, 1),
+    ],
+    ids=str,
+)
+def test_temporary_memory_with_a_multiplier(shape, window, multiplier, stride):
+    """An image repeated for each filter before strides are taken was up to 86 times as large."""
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    kernel = jax.ShapeDtypeStruct((window, window, shape[-1], multiplier), jnp.float32)
+    f = functools.partial(depthwise_conv2d, strides=stride, padding="same")
+    g = jax.eval_shape(f, x, kernel)
+    assert temporary(f, x, kernel) <= 2.5
+    assert temporary(lambda x, g: jax.linear_transpose(lambda k: f(x, k), kernel)(g), x, g) <= 2.5
+
+
 # What of JAX may go away
 
 SOURCE = inspect.getsource(rule)

@@ -4,13 +4,13 @@ A convolution is tagged by tracing it under a metadata context, which JAX keeps 
 what autodiff, `vmap`, `remat` and `scan` derive from a tagged convolution is tagged too. When JAX
 lowers a convolution, it asks the rule that `rule` registered. `plan` says which convolution it is
 and which algorithm serves it: a sum over taps, in `forward` and `kernel_gradient`, or a matrix
-product, in `product`. `program` makes a function of that. Every other convolution is handed to the
-rule that was registered before.
+product, in `patches` and `product`. `program` makes a function of that. Every other convolution is
+handed to the rule that was registered before.
 
 The rooms, from the bottom up: on integers only, `axis`, `tuning`, `forward_plan`,
 `kernel_gradient_plan` and `plan`; what is JAX's, XLA's and LLVM's, `rule` and `workarounds`; what
-the algorithms share, `windows` and `sums`; the algorithms `forward`, `kernel_gradient` and
-`product`; `program`.
+the algorithms share, `windows` and `sums`; the algorithms `forward`, `kernel_gradient`, `patches`
+and `product`; `program`.
 """
 
 import contextlib

@@ -12,10 +12,11 @@ JAX's transpose rule makes it. What autodiff derives from these again has no oth
 one operand can make the 1 larger.
 
 `plan` makes every choice, with `forward_plan` and `kernel_gradient_plan`; `forward`,
-`kernel_gradient` and `product` emit what was chosen. Nothing is traced here.
+`kernel_gradient`, `patches` and `product` emit what was chosen. Nothing is traced here.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -115,6 +116,19 @@ class Product:
 
 
 @dataclasses.dataclass(frozen=True)
+class Patches:
+    """A matrix product of the patches of an image that no two windows share.
+
+    Attributes:
+      axes: the geometry.
+      kind: which convolution it is.
+    """
+
+    axes: tuple[Axis, ...]
+    kind: Kind
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """What becomes of a convolution.
 
@@ -129,7 +143,7 @@ class Plan:
       accumulator: the name of the dtype that sums are computed in.
     """
 
-    algorithm: Taps | KernelGradient | Product | None
+    algorithm: Taps | KernelGradient | Patches | Product | None
     why: str
     kind: Kind | None = None
     groups: int = 1
@@ -177,6 +191,23 @@ def plan(convolution: Convolution, tuning: Tuning) -> Plan:
 
     few_channels = not gradient or groups <= tuning.copied_channels
     copies = m if features == 1 and few_channels else 1
+    image = n * q * groups * math.prod(axis.size for axis in axes)
+    result = n * m * groups * math.prod(axis.out for axis in axes)
+    others = result if not gradient else m * q * groups * math.prod(axis.kernel for axis in axes)
+    most = max(tuning.copies_memory * (image + others), tuning.copies_elements)
+    too_large = copies * image > most
+    if cut := _in_patches(convolution, axes):
+        taps = math.prod(axis.out if cut == "kernel gradient" else axis.kernel for axis in axes)
+        filters = m if cut == "kernel gradient" else max(m, q)
+        large = filters > 1 and result >= tuning.patch_results
+        if cut == "forward" and large and convolution.tag != "taps":
+            return Plan(None, f"no two windows overlap, and {result} results")
+        if filters > 1 and (filters * taps >= tuning.patch_products or too_large):
+            why = f"no two windows overlap, and {filters} filters of {taps} taps for each channel"
+            return Plan(Patches(axes, cut), why, cut, groups, accumulator=accumulator)
+    if too_large and not gradient and convolution.tag != "taps":
+        return Plan(None, f"{copies} copies of {image} elements for {result} results")
+    copies = 1 if too_large else copies
     channels = groups * copies
     if gradient:
         algorithm, why = kernel_gradient_plan.choose(q, axes, channels, tuning)
@@ -229,6 +260,26 @@ def _axes(convolution: Convolution) -> tuple[Axis, ...]:
         )
         for d in range(len(convolution.strides))
     )
+
+
+def _in_patches(convolution: Convolution, axes: Sequence[Axis]) -> Kind | None:
+    """Returns which convolution it is, if no two of its windows overlap, or None.
+
+    Args:
+      convolution: what JAX is to lower.
+      axes: its geometry.
+    """
+    if not convolution.on_cpu or any(any(operand.sharded) for operand in convolution.operands):
+        return None  # JAX asks how the result of a product is to be sharded
+    if any(axis.lhs_dilation > 1 for axis in axes):
+        reach = [((axis.kernel - 1) * axis.rhs_dilation, axis.lhs_dilation) for axis in axes]
+        alone = all(last < gap for last, gap in reach)
+        return "input gradient" if alone and all(axis.stride == 1 for axis in axes) else None
+    if all((axis.kernel - 1) * axis.rhs_dilation < axis.stride for axis in axes):
+        return "forward"
+    if all((axis.out - 1) * axis.stride < axis.rhs_dilation for axis in axes):
+        return "kernel gradient"
+    return None
 
 
 def _no_product(convolution: Convolution, axes: Sequence[Axis]) -> str | None:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flax_dwconv._lowering import forward, kernel_gradient, product, tuning, workarounds
+from flax_dwconv._lowering import forward, kernel_gradient, patches, product, tuning, workarounds
 from flax_dwconv._lowering import plan as plans
 
 Program = Callable[[jax.Array, jax.Array], jax.Array]
@@ -41,7 +41,7 @@ def cached(
         return None
     lhs_spec, rhs_spec, out_spec = (operand.spec for operand in convolution.operands)
     grouped = 0 if convolution.batch_groups > 1 else 1  # the batch or the features of `lhs`
-    depthwise = not isinstance(plan.algorithm, plans.Product)
+    depthwise = not isinstance(plan.algorithm, plans.Product | plans.Patches)
     tricks = depthwise and convolution.on_cpu
 
     def compute(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -69,6 +69,8 @@ def _algorithm(x: jax.Array, kernel: jax.Array, algorithm: Any, precision: Any) 
     match algorithm:
         case plans.Product():
             return product.multiply(x, kernel, algorithm, precision)
+        case plans.Patches():
+            return patches.multiply(x, kernel, algorithm, precision)
         case plans.KernelGradient():
             gradient = functools.partial(kernel_gradient.kernel_gradient, gradient=algorithm)
             if x.shape[0] == kernel.shape[0] == 1:

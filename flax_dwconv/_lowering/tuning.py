@@ -37,6 +37,21 @@ class Tuning:
     """Every tuning constant, in the order in which the algorithms ask for them.
 
     Attributes:
+      patch_products: the fewest filters of a channel times taps for which a convolution whose
+        windows do not overlap, and each of its gradients, is a matrix product of patches. On 4
+        images of 224x224x3, 16x16 kernels with strides of 16 and 64 filters take 0.4 ms forward,
+        as taps 50 ms and in XLA 0.8 ms; a gradient by the image 0.4, 580 and 1,500 ms. With fewer
+        products, 2x2 kernels with 4 filters for each of 64 channels, patches take 1.2 to 1.6 times
+        as long as taps. No layer of the benchmark has a multiplier.
+      patch_results: from as many results on, the forward convolution of patches is XLA's. For
+        9,400,000 results of 16 taps patches take 12 ms and XLA 3.4, for 4,200,000 of 9 taps 1.5
+        and 1.9. The gradients stay products: XLA's take 2.5 to 30 times as long.
+      copies_memory: how many times as many elements as image and result together the copies of the
+        image may have, one for each filter. With more, a forward convolution is XLA's, which then
+        takes 0.4 to 2.2 times as long; a kernel gradient is computed filter by filter, which takes
+        0.2 to 2.7 times as long.
+      copies_elements: the most elements that copies may have whatever the image has: half a MB in
+        float32, where memory matters to no one.
       efforts: how much is compiled depends on how much there is to compute; ascending in
         `elements`, the first from 0 on. With pads, a 3x3 kernel has 21 taps in regions and a 5x5
         one 361. Each of these takes 1 to 3 ms to compile, as does a product. Without regions and
@@ -100,6 +115,10 @@ class Tuning:
         XLA:CPU.
     """
 
+    patch_products: int = 64
+    patch_results: int = 1 << 22
+    copies_memory: float = 2.5
+    copies_elements: int = 1 << 17
     efforts: tuple[Effort, ...] = (
         Effort(0, region_taps=30, products=1),
         Effort(1 << 17, region_taps=150, products=100),
