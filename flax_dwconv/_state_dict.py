@@ -9,7 +9,7 @@ import contextlib
 import difflib
 import importlib
 import os
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -40,7 +40,8 @@ _WEIGHT_NORMS = (
     ("weight_g", "weight_v"),
     ("parametrizations.weight.original0", "parametrizations.weight.original1"),
 )
-# What another entry comes from, and the line after which PyTorch has a plain weight.
+# How the names of entries begin from which no weight is computed here, and the call in PyTorch that
+# makes the weight a plain one.
 _REMEDIES = {
     "parametrizations.": "torch.nn.utils.parametrize.remove_parametrizations(layer, {tensor!r})",
     "weight_u": "torch.nn.utils.remove_spectral_norm(layer)",
@@ -99,22 +100,26 @@ def _listed(layers: Mapping[str, _Layer]) -> str:
     found = _candidates(layers)
     if not found:
         return "No weight among them is depthwise: (c*m, 1, k), (c*m, 1, kh, kw) or 3-D."
-    shown = ", ".join(list(found.values())[:_LISTED])
-    more = f", and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
-    return f"Depthwise by shape (the first is prefix={next(iter(found))!r}): {shown}{more}."
+    first = next(iter(found))
+    return f"Depthwise by shape (the first is prefix={first!r}): {_shown(list(found.values()))}."
 
 
 def _near(layers: Mapping[str, _Layer], name: str) -> str:
     """Returns what an error says about a layer that is not there."""
     found = _candidates(layers)
-    # Above a layer, or without the beginning that a wrapper such as DataParallel adds.
+    # The name may be that of a module that holds layers. It may lack the beginning that a wrapper
+    # such as DataParallel adds, or go on after a layer's name, as "conv.weight" does.
     related = [n for n in found if f".{name}." in f".{n}." or name.startswith(f"{n}.")]
     near = related or difflib.get_close_matches(name, found, 5)
     if not near:
         return _listed(layers)
-    more = f", and {len(near) - _LISTED} more" if len(near) > _LISTED else ""
-    shown = ", ".join(f"{n!r} ({found[n]})" for n in near[:_LISTED])
-    return f"Did you mean {shown}{more}?"
+    return f"Did you mean {_shown([f'{n!r} ({found[n]})' for n in near])}?"
+
+
+def _shown(layers: Sequence[str]) -> str:
+    """Returns the first of the layers, and how many more there are."""
+    more = f", and {len(layers) - _LISTED} more" if len(layers) > _LISTED else ""
+    return ", ".join(layers[:_LISTED]) + more
 
 
 def weight_and_bias(

@@ -60,10 +60,11 @@ def from_torch(
       `{"kernel": (*window, c, m), "bias": (c*m,)}`, the bias only if there is one.
 
     Raises:
-      TypeError: if a weight is not an array, a file no `.safetensors` file, or `prefix` no string.
-      ValueError: if there is no weight or more than one, no layer of the name `prefix`, another
-        entry (of a spectral norm, for instance), or a shape that does not fit; if the file is
-        damaged. Where it helps, the error lists the depthwise layers.
+      TypeError: if a weight is not an array, if a path does not end in `.safetensors`, if `prefix`
+        is not a string, or if it comes with a weight alone.
+      ValueError: if the weight is missing or there are several, if no layer has the name `prefix`,
+        if there is another entry (of a spectral norm, for instance), if a shape does not fit, or if
+        the file is damaged. Where it helps, the error lists the depthwise layers.
       OSError: if there is no such file.
       ImportError: if the path is given and safetensors is not installed.
 
@@ -126,11 +127,12 @@ def to_torch(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     Returns:
       `{"weight": (c*m, 1, *window), "bias": (c*m,)}` of writable and contiguous numpy arrays, for
       `torch.from_numpy` or `safetensors.numpy.save_file`. For Equinox, reshape the bias to
-      `(c*m, 1, 1)`.
+      `(c*m, 1, ...)`, with an axis of size 1 for each dimension of the window.
 
     Raises:
       TypeError: if a parameter is not an array.
-      ValueError: if there is no kernel, another entry, or a shape that does not fit.
+      ValueError: if the kernel is missing, if there is an entry besides kernel and bias, or if a
+        shape does not fit.
 
     Example:
       >>> import numpy as np
@@ -158,8 +160,8 @@ def from_flax(params_or_kernel: Any, *, depth_multiplier: int = 1) -> dict[str, 
 
     Raises:
       TypeError: if a parameter is not an array.
-      ValueError: if there is no kernel or more than one, another entry, or a shape that does not
-        fit.
+      ValueError: if the kernel is missing or there are several, if there is an entry besides kernel
+        and bias, or if a shape does not fit.
 
     Example:
       >>> import flax.linen as nn
@@ -197,7 +199,8 @@ def to_flax(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
     Raises:
       TypeError: if a parameter is not an array.
-      ValueError: if there is no kernel, another entry, or a shape that does not fit.
+      ValueError: if the kernel is missing, if there is an entry besides kernel and bias, or if a
+        shape does not fit.
 
     Example:
       >>> import numpy as np
@@ -211,7 +214,7 @@ def to_flax(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 # Batch normalization.
 
-# What it is called here, and in whose library: Flax, Keras, PyTorch.
+# Our name of each array, and its names in Flax, Keras and PyTorch. PyTorch's bias has Flax's name.
 _STATISTICS = {
     "mean": ("mean", "moving_mean", "running_mean"),
     "var": ("var", "moving_variance", "running_var"),
@@ -229,12 +232,13 @@ def fold_batch_norm(
 
         s = scale / sqrt(var + epsilon),
 
-    the layer with the kernel `kernel * s` and the bias `bias + (layer's bias - mean) * s` gives
-    what layer and normalization gave. Of a separable layer, `s` goes into the pointwise kernel.
-    Computed in float64 and rounded once.
+    the layer with the kernel `kernel * s` and the bias `shift + (bias - mean) * s` gives what layer
+    and normalization gave. Here `bias` is the layer's, and `shift` is the normalization's, which
+    Flax calls "bias" too. Of a separable layer, `s` goes into the pointwise kernel. Kernel and bias
+    are computed in float64 and rounded once.
 
     The layer must have no activation of its own before the normalization; what comes after the
-    normalization may become the folded layer's activation. The folded layer has a bias:
+    normalization may become the folded layer's activation. The folded layer has a bias: in linen,
     `layer.clone(use_bias=True, activation="relu6")`.
 
     Args:
@@ -252,8 +256,8 @@ def fold_batch_norm(
 
     Raises:
       TypeError: if a value is not an array, or `epsilon` not a number.
-      ValueError: if there is no kernel, mean or variance, another entry, or a shape that does not
-        fit; if variance and `epsilon` do not add up to something positive.
+      ValueError: if the kernel, the mean or the variance is missing, if there is an unknown entry,
+        if a shape does not fit, or if the sum of variance and `epsilon` is not positive.
 
     Example:
       >>> import flax.linen as nn

@@ -99,9 +99,10 @@ def choose(
     exchanged = any(axis.lhs_dilation > 1 for axis in axes)
     if exchanged:
         axes = [axis.swapped() for axis in axes]
-    # Neighbouring taps along this dimension share what they read; of a square kernel, along the
-    # last. Always along the last, an (11, 1) kernel had 11 passes of one tap each, and on 4 images
-    # of 56x56x64 its gradient took 25 ms, that of a (1, 11) kernel 0.7 ms.
+    # A pass takes neighbouring taps along one dimension, since they share what they read. It is the
+    # dimension with the most taps, `out`, and the last of equals. When it was the last of all, an
+    # (11, 1) kernel had 11 passes of one tap each, and on 4 images of 56x56x64 its gradient took
+    # 25 ms, that of a (1, 11) kernel 0.7 ms.
     along = max(range(len(axes)), key=lambda d: (axes[d].out, d))
     axes, longest, crop = list(axes), axes[along], None
     if longest.edge_taps * min(longest.out, tuning.row_taps) > 2 * tuning.row_products:
@@ -207,7 +208,8 @@ def _blocks(
       first: of each dimension, the position of the image that the first tap reads for the first
         position of the cotangent.
       taps: how many there are along each dimension.
-      along: the dimension whose positions are neighbours; of the others, all or single ones.
+      along: the dimension with the most taps. A block has neighbouring positions along it, and all
+        positions or a single one along each other dimension.
       positions: about how many positions of the cotangent one block has.
       tuning: the constants.
     """

@@ -1,7 +1,9 @@
-"""Convolutions whose windows do not overlap, with many filters for each channel: patch embeddings.
+"""Convolutions whose windows do not overlap, with several filters a channel: patch embeddings.
 
-Cut into patches, the image is one matrix for each channel, and its products with the filters are
-the convolution and its gradients. A sum over taps would need a copy of the image for each filter.
+The image is cut into patches, which are one matrix for each channel. The convolution is the product
+of this matrix and the filters, and the kernel gradient its product with the cotangent. The input
+gradient is the product of cotangent and filters, put back patch by patch. A sum over taps would
+need a copy of the image for each filter.
 """
 
 from typing import Any
@@ -17,7 +19,7 @@ def multiply(x: jax.Array, kernel: jax.Array, patches: plan.Patches, precision: 
     """Returns a convolution whose windows do not overlap.
 
     Args:
-      x: `(n, q, *sizes, c)`.
+      x: `(n, q, *sizes, c)`: examples, what is summed up, and channels, as in `plan`.
       kernel: `(m, q, *kernels, c)`, of the dtype of `x`.
       patches: the plan.
       precision: that of `lax.dot_general`.
@@ -29,8 +31,9 @@ def multiply(x: jax.Array, kernel: jax.Array, patches: plan.Patches, precision: 
         return _put_back(x, kernel, patches, precision)
     axes = patches.axes
     gradient = patches.kind == "kernel gradient"
-    # Along each dimension: how many patches, how far apart, and which of their positions are read.
-    # For the kernel gradient, the cotangent, as the kernel, has a position for each patch.
+    # Along each dimension: the number of patches, the distance from one to the next, how many
+    # positions of a patch are read, and the step between these. For the kernel gradient, the
+    # argument `kernel` is the cotangent, with one position for each patch.
     cuts = [
         (axis.kernel, axis.rhs_dilation, axis.out, axis.stride)
         if gradient
@@ -50,10 +53,10 @@ def multiply(x: jax.Array, kernel: jax.Array, patches: plan.Patches, precision: 
 
 
 def _put_back(x: jax.Array, kernel: jax.Array, patches: plan.Patches, precision: Any) -> jax.Array:
-    """Computes the input gradient: a patch from each position of `x`, and zeros between patches.
+    """Computes the input gradient: each position of `x`, the cotangent, makes a patch of it.
 
-    A tap `a` adds `x[o]` to the output `o * lhs_dilation - a * rhs_dilation + low`, so a patch has
-    the taps in reverse.
+    Zeros fill the gaps between the taps of a patch and between patches. The tap `a` adds `x[i]` to
+    the output `i * lhs_dilation - a * rhs_dilation + low`, so that a patch has the taps in reverse.
     """
     axes = patches.axes
     last = [x.ndim - 1], [kernel.ndim - 1]

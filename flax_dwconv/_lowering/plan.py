@@ -97,6 +97,11 @@ class Convolution:
         """Both operands and the result."""
         return self.lhs, self.rhs, self.out
 
+    @property
+    def sharded(self) -> bool:
+        """Whether the type of an operand or of the result says how it is sharded."""
+        return any(any(operand.sharded) for operand in self.operands)
+
 
 # What is answered
 
@@ -117,7 +122,7 @@ class Product:
 
 @dataclasses.dataclass(frozen=True)
 class Patches:
-    """A matrix product of the patches of an image that no two windows share.
+    """A convolution, or a gradient of one, whose windows do not overlap: one matrix product.
 
     Attributes:
       axes: the geometry.
@@ -191,16 +196,16 @@ def plan(convolution: Convolution, tuning: Tuning) -> Plan:
 
     few_channels = not gradient or groups <= tuning.copied_channels
     copies = m if features == 1 and few_channels else 1
-    image = n * q * groups * math.prod(axis.size for axis in axes)
-    result = n * m * groups * math.prod(axis.out for axis in axes)
-    others = result if not gradient else m * q * groups * math.prod(axis.kernel for axis in axes)
-    most = max(tuning.copies_memory * (image + others), tuning.copies_elements)
-    too_large = copies * image > most
+    image, kernel, result = (math.prod(operand.shape) for operand in convolution.operands)
+    other = kernel if gradient else result  # in a kernel gradient, the kernel is the cotangent
+    too_large = copies * image > max(tuning.copies_memory * (image + other), tuning.copies_elements)
     if cut := _in_patches(convolution, axes):
-        taps = math.prod(axis.out if cut == "kernel gradient" else axis.kernel for axis in axes)
-        filters = m if cut == "kernel gradient" else max(m, q)
-        large = filters > 1 and result >= tuning.patch_results
-        if cut == "forward" and large and convolution.tag != "taps":
+        if cut == "kernel gradient":
+            taps, filters = math.prod(axis.out for axis in axes), m
+        else:
+            taps, filters = math.prod(axis.kernel for axis in axes), max(m, q)
+        many = result >= tuning.patch_results and convolution.tag != "taps"
+        if cut == "forward" and filters > 1 and many:
             return Plan(None, f"no two windows overlap, and {result} results")
         if filters > 1 and (filters * taps >= tuning.patch_products or too_large):
             why = f"no two windows overlap, and {filters} filters of {taps} taps for each channel"
@@ -263,14 +268,18 @@ def _axes(convolution: Convolution) -> tuple[Axis, ...]:
 
 
 def _in_patches(convolution: Convolution, axes: Sequence[Axis]) -> Kind | None:
-    """Returns which convolution it is, if no two of its windows overlap, or None.
+    """Returns as which of the products of `patches` a convolution is computed, or None.
+
+    None, too, on other platforms, and if a type says how it is sharded: JAX then asks how the
+    result of a product is to be. A forward convolution with a single output counts as a kernel
+    gradient, unless its strides exceed its kernel: the product is the same.
 
     Args:
       convolution: what JAX is to lower.
       axes: its geometry.
     """
-    if not convolution.on_cpu or any(any(operand.sharded) for operand in convolution.operands):
-        return None  # JAX asks how the result of a product is to be sharded
+    if not convolution.on_cpu or convolution.sharded:
+        return None
     if any(axis.lhs_dilation > 1 for axis in axes):
         reach = [((axis.kernel - 1) * axis.rhs_dilation, axis.lhs_dilation) for axis in axes]
         alone = all(last < gap for last, gap in reach)
@@ -288,7 +297,7 @@ def _no_product(convolution: Convolution, axes: Sequence[Axis]) -> str | None:
         return "products were not asked for"
     if not is_product(axes):
         return "a window of several positions slides"
-    if any(any(operand.sharded) for operand in convolution.operands):
+    if convolution.sharded:
         return "explicitly sharded, and JAX asks how the result is to be"
     return None
 

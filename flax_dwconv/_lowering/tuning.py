@@ -43,15 +43,18 @@ class Tuning:
         as taps 50 ms and in XLA 0.8 ms; a gradient by the image 0.4, 580 and 1,500 ms. With fewer
         products, 2x2 kernels with 4 filters for each of 64 channels, patches take 1.2 to 1.6 times
         as long as taps. No layer of the benchmark has a multiplier.
-      patch_results: from as many results on, the forward convolution of patches is XLA's. For
-        9,400,000 results of 16 taps patches take 12 ms and XLA 3.4, for 4,200,000 of 9 taps 1.5
-        and 1.9. The gradients stay products: XLA's take 2.5 to 30 times as long.
-      copies_memory: how many times as many elements as image and result together the copies of the
-        image may have, one for each filter. With more, a forward convolution is XLA's, which then
-        takes 0.4 to 2.2 times as long; a kernel gradient is computed filter by filter, which takes
-        0.2 to 2.7 times as long.
-      copies_elements: the most elements that copies may have whatever the image has: half a MB in
-        float32, where memory matters to no one.
+      patch_results: from as many results on, XLA computes the forward convolution of patches. For
+        9,400,000 results of 16 taps, patches take 12 ms and XLA 3.4 ms. For 4,200,000 results of 9
+        taps, the limit, patches take 1.5 ms and XLA 1.9 ms. The gradients stay products: XLA's take
+        2.5 to 40 times as long.
+      copies_memory: a sum over taps copies the image once for each filter of a channel. The copies
+        may have this many times the elements of image and result together; for a kernel gradient,
+        of image and cotangent. Beyond that, what does not overlap is patches. What overlaps XLA
+        computes, if it is a forward convolution and no taps were asked for: it then takes 0.4 to
+        2.2 times as long. A kernel gradient is computed filter by filter, which takes 0.2 to 2.7
+        times as long.
+      copies_elements: copies of at most as many elements are always made, however small the image
+        is. In float32 they take half a MB.
       efforts: how much is compiled depends on how much there is to compute; ascending in
         `elements`, the first from 0 on. With pads, a 3x3 kernel has 21 taps in regions and a 5x5
         one 361. Each of these takes 1 to 3 ms to compile, as does a product. Without regions and
