@@ -25,6 +25,7 @@ CASES = {
     "3x3 strides and multiplier": ((3, 3), (2, 3), "valid", 1, 2, False, (9, 8)),
     "patches": ((2, 3), (3, 4), ((1, 0), (0, 2)), 1, 16, False, (9, 8)),
     "patches dilated channels_first": ((2, 2), (3, 4), "same", (2, 3), 16, True, (9, 8)),
+    "11x2": ((11, 2), 1, "same", 1, 1, False, (13, 6)),
     "2x5 dilated channels_first": ((2, 5), 1, "same", (2, 3), 2, True, (7, 13)),
     "stride and dilation": ((3, 3), 2, ((2, 1), (0, 3)), 2, 1, False, (9, 8)),
     "negative pads": ((3, 3), 1, ((-1, 1), (2, -1)), 1, 1, False, (9, 8)),
