@@ -20,11 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from flax import nnx
 from jax.test_util import check_grads
 from test_functional import Case
 
 import flax_dwconv
-from flax_dwconv import DepthwiseConv2D, depthwise_conv2d
+from flax_dwconv import DepthwiseConv2D, activations, depthwise_conv2d
 
 CASES = {
     "stride": Case((2, 7, 6, 2), (3, 3, 2, 1), (2, 1), "same"),
@@ -231,6 +232,143 @@ def test_ten_million_terms_in_single_precision(shape):
     found = gradients(params, x, g)
     for name in ("kernel", "bias"):
         np.testing.assert_allclose(found[name].ravel(), true, rtol=2.0**-20, err_msg=name)
+
+
+# Sums in low precision. bfloat16 and float16 hold 25,088 exactly; a sum in bfloat16 ends below.
+
+
+LAYERS = {
+    "DepthwiseConv1D": (8, 3136, 4),
+    "DepthwiseConv2D": (8, 56, 56, 4),
+    "DepthwiseConv3D": (8, 14, 14, 16, 4),
+    "SeparableConv1D": (8, 3136, 4),
+    "SeparableConv2D": (8, 56, 56, 4),
+}
+low = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+
+
+def low_layer(name, dtype, module=flax_dwconv, **settings):
+    """A layer of kernels of one position and 8 results a position.
+
+    For inputs of ones, every gradient of the sum of all results is 25,088.
+    """
+    settings |= dict(kernel_size=1, depthwise_initializer="ones", dtype=dtype)
+    if name.startswith("Depthwise"):
+        return getattr(module, name)(depth_multiplier=2, **settings)
+    eighth = np.full((*[1] * int(name[-2]), 4, 8), 1 / 8, "f4")
+    return getattr(module, name)(filters=8, pointwise_initializer=eighth, **settings)
+
+
+@low
+@pytest.mark.parametrize("param_dtype", ["low", "float32"])
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradients_of_parameters_are_summed_in_float32(name, data_format, param_dtype, dtype):
+    param_dtype = dtype if param_dtype == "low" else param_dtype
+    layer = low_layer(name, dtype, param_dtype=param_dtype, data_format=data_format)
+    x = np.ones(LAYERS[name], jnp.dtype(dtype))
+    x = x if data_format == "channels_last" else np.moveaxis(x, -1, 1)
+    params = layer.init(jax.random.key(0), x)["params"]
+
+    def loss(params, x):
+        return layer.apply({"params": params}, x).astype("float32").sum()
+
+    for gradient in (jax.grad(loss), jax.jit(jax.grad(loss)), jax.jit(jax.grad(jax.remat(loss)))):
+        for key, g in gradient(params, x).items():
+            assert g.dtype == param_dtype and (g.astype("float32") == 25_088).all(), (key, g)
+
+
+@low
+@pytest.mark.parametrize("method", ["auto", "taps", "lax"])
+@pytest.mark.parametrize("name", ["DepthwiseConv2D", "SeparableConv2D"])
+def test_gradients_of_parameters_are_rounded_once(name, method, dtype):
+    """Against float64."""
+    shape = LAYERS[name]
+    layer = low_layer(name, dtype, method=method, param_dtype=dtype)
+    random = np.random.default_rng(0)
+    x = random.uniform(0.5, 1.5, shape).astype(jnp.dtype(dtype))
+    g = (random.integers(1, 3, (*shape[:-1], 8)) / 256).astype(jnp.dtype(dtype))
+    params = layer.init(jax.random.key(0), x)["params"]
+    found = jax.jit(lambda p, x, g: jax.vjp(lambda p: layer.apply({"params": p}, x), p)[1](g)[0])
+    found = found(params, x, g)
+    x, g = x.astype(float), g.astype(float)
+    if name == "DepthwiseConv2D":
+        exact = {"kernel": np.einsum("nhwc,nhwcm->cm", x, g.reshape(*shape, 2))}
+    else:
+        exact = {
+            "depthwise_kernel": np.einsum("nhwc,nhwf->c", x, g) / 8,
+            "pointwise_kernel": np.einsum("nhwc,nhwf->cf", x, g),
+        }
+    exact["bias"] = g.sum((0, 1, 2))
+    u = float(jnp.finfo(dtype).eps) / 2
+    for key, value in exact.items():
+        got = np.asarray(found[key], float).ravel()
+        np.testing.assert_allclose(got, value.ravel(), rtol=1.01 * u, err_msg=key)
+
+
+@low
+def test_bias_gradients_under_every_transformation(dtype):
+    """Summed over 25,088 positions, or all of them in pieces, whose sums are exact."""
+    layer = low_layer("DepthwiseConv2D", dtype, param_dtype="float32")
+    x = jnp.ones((2, 4, 56, 56, 4), dtype)
+    params = layer.init(jax.random.key(0), x[0])["params"]
+
+    def loss(params, x):
+        return layer.apply({"params": params}, x).astype("float32").sum()
+
+    def scanned(params, x):
+        return jax.lax.scan(lambda c, x: (c + loss(params, x), None), jnp.float32(0), x)[0]
+
+    def mapped(params, x):
+        return jax.vmap(loss, (None, 0))(params, x).sum()
+
+    def tangents(params, x):
+        return jax.grad(lambda p: jax.jvp(lambda q: loss(q, x[0]), (p,), (p,))[1])(params)
+
+    for function in (jax.grad(scanned), jax.grad(mapped)):
+        for call in (function, jax.jit(function)):
+            assert (call(params, x)["bias"] == 25_088).all()
+    for call in (tangents, jax.jit(tangents)):
+        assert (call(params, x)["bias"] == 12_544).all()
+    each = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(params, x)["bias"]
+    assert each.shape == (2, 8) and (each == 12_544).all()
+
+
+@low
+def test_bias_gradients_in_nnx(dtype):
+    settings = dict(param_dtype=dtype, in_features=4, rngs=nnx.Rngs(0))
+    layer = low_layer("SeparableConv2D", dtype, flax_dwconv.nnx, **settings)
+    x = jnp.ones((8, 56, 56, 4), dtype)
+    grads = nnx.jit(nnx.grad(lambda layer: layer(x).astype("float32").sum()))(layer)
+    for g in jax.tree.leaves(grads):
+        assert (g.astype("float32") == 25_088).all()
+
+
+@low
+@pytest.mark.parametrize("activation", [None, "relu6", "silu"])
+def test_the_bias_is_added_as_in_low_precision(activation, dtype):
+    """All sums of two numbers, one rounding: the value of an addition in `dtype`, bit for bit."""
+    layer = DepthwiseConv2D(1, dtype=dtype, activation=activation, depthwise_initializer="ones")
+    y = oracle.normals(0, 8, 32, 32, 4).astype(jnp.dtype(dtype))
+    bias = oracle.normals(1, 4).astype(jnp.dtype(dtype))
+    params = {"kernel": jnp.ones((1, 1, 4, 1)), "bias": bias.astype("float32")}
+    got = jax.jit(lambda p, y: layer.apply({"params": p}, y))(params, y)
+    expected = activations.get(activation)(jnp.asarray((y + bias).astype(jnp.dtype(dtype))))
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_products_of_accelerate_are_summed_in_float32():
+    """Of jax 0.12.0.1, XLA's own product on a CPU gives 20,096."""
+    x, kernel = jnp.ones((8, 56, 56, 8), jnp.bfloat16), jnp.ones((1, 1, 8, 4), jnp.bfloat16)
+
+    def loss(kernel):
+        conv = jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return conv.astype("float32").sum()
+
+    gradient = flax_dwconv.accelerate(jax.jit(jax.grad(loss)), pointwise=True)(kernel)
+    assert (gradient == 25_088).all()
 
 
 # From run to run

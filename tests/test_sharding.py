@@ -349,3 +349,27 @@ def test_two_processes_train_as_one():
     jax.tree.map(np.testing.assert_array_equal, runs[0][0], runs[1][0])
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max() > 1e-3, args[0], alone[0])
     assert all(jax.tree.leaves(moved)), "a step that moves nothing proves nothing"
+
+
+def bias_gradients(dtype):
+    """Of the sum of 25,088 results: with a sharded batch, and in a `shard_map` over the batch."""
+    layer = DepthwiseConv2D(1, dtype=dtype, param_dtype=dtype)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    x = jax.device_put(jnp.ones((8, 56, 56, 2), dtype), NamedSharding(mesh, P("data")))
+    params = layer.init(jax.random.key(0), x[:1])["params"]
+
+    def loss(params, x):
+        return layer.apply({"params": params}, x).astype(jnp.float32).sum()
+
+    def local(params, x):
+        return jax.lax.psum(loss(params, x), "data")
+
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+    gradients = [jax.jit(jax.grad(f))(params, x) for f in (loss, mapped)]
+    return [np.asarray(g["bias"], np.float32) for g in gradients]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_bias_gradients_are_summed_in_float32(dtype, eight):
+    for gradient in eight(bias_gradients, dtype):
+        np.testing.assert_array_equal(gradient, np.full(2, 25_088, "f4"))
