@@ -73,9 +73,7 @@ def _algorithm(x: jax.Array, kernel: jax.Array, algorithm: Any, precision: Any) 
             return patches.multiply(x, kernel, algorithm, precision)
         case plans.KernelGradient():
             gradient = functools.partial(kernel_gradient.kernel_gradient, gradient=algorithm)
-            if x.shape[0] == kernel.shape[0] == 1:
-                return gradient(x[0], kernel[0])[None, None]
-            return jax.vmap(jax.vmap(gradient, (None, 0)), (0, None))(x, kernel)
+            return _of_all_pairs(gradient, x, kernel)
         case plans.Taps():
             if x.shape[1] == 1:
                 return forward.convolve(x[:, 0], kernel[:, 0], algorithm)
@@ -83,6 +81,26 @@ def _algorithm(x: jax.Array, kernel: jax.Array, algorithm: Any, precision: Any) 
             return lax.squeeze(forward.convolve(x, kernel, algorithm), [2])
         case _:
             raise AssertionError(algorithm)
+
+
+def _of_all_pairs(f: Program, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Returns `f` of each element of `x` with each one of `kernel`, `(n, m, ...)`.
+
+    A kernel gradient ends in sums, which XLA:CPU hands to YNNPACK. Sums of rank 7 and more crashed
+    or hung there up to jax 0.11.0. A volume's have rank 5, so that only one more dimension may be
+    mapped over. To reshape them first would not help: XLA undoes that.
+    """
+
+    def with_all(a: jax.Array) -> jax.Array:
+        if kernel.shape[0] == 1:
+            return f(a, kernel[0])[None]
+        return jax.vmap(f, (None, 0))(a, kernel)
+
+    if x.shape[0] == 1:
+        return with_all(x[0])[None]
+    if kernel.shape[0] > 1 and x.ndim > 5:
+        return lax.map(with_all, x)
+    return jax.vmap(with_all)(x)
 
 
 def _groups_last(x: jax.Array, spec: Sequence[int], grouped: int, groups: int) -> jax.Array:
