@@ -23,7 +23,7 @@ from flax_dwconv import nnx as nnx
 from flax_dwconv import regularizers as regularizers
 from flax_dwconv import torch_io as torch_io
 from flax_dwconv import weights as weights
-from flax_dwconv._layer import total_loss as total_loss
+from flax_dwconv._losses import total_loss as total_loss
 from flax_dwconv._lowering import accelerate as accelerate
 from flax_dwconv._optim import collect_constraints as collect_constraints
 from flax_dwconv._optim import constrain as constrain

@@ -517,35 +517,6 @@ def setting_fields(layer: type[Settings]) -> list[dataclasses.Field[Any]]:
     return list(dataclasses.fields(ours))  # pyrefly: ignore[bad-argument-type]
 
 
-def total_loss(losses: Any) -> jax.Array:
-    """Returns the sum of all penalties in a collection "losses" of any nesting.
-
-    Args:
-      losses: a pytree of arrays of any shape, such as `state["losses"]`; None or empty gives 0.
-
-    Returns:
-      A float32 scalar.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> import flax_dwconv
-      >>> layer = flax_dwconv.DepthwiseConv2D(
-      ...     3, depthwise_initializer="ones", depthwise_regularizer="l2",
-      ...     activity_regularizer="l1")
-      >>> x = jnp.ones((2, 4, 4, 1))
-      >>> variables = layer.init(jax.random.key(0), x)
-      >>> y, state = layer.apply(variables, x, mutable=["losses"])
-      >>> print(state["losses"])
-      {'activity_penalty': Array(0.36, dtype=float32), 'kernel_penalty': Array(0.09, dtype=float32)}
-      >>> print(flax_dwconv.total_loss(state["losses"]))
-      0.45
-    """
-    return sum(
-        (jnp.sum(jnp.asarray(leaf, jnp.float32)) for leaf in jax.tree.leaves(losses)),
-        start=jnp.float32(0),
-    )
-
-
 def _scalar(value: Any, name: str) -> jax.Array:
     value = jnp.asarray(value)
     if value.shape != ():

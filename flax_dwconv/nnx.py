@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Self, overload
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import errors, nnx
 from flax.core import meta
 from flax.typing import Dtype
 from jax.typing import ArrayLike
@@ -15,7 +15,8 @@ from flax_dwconv import _geometry, _layer
 from flax_dwconv._vocabulary import Identifier
 
 
-class Loss(nnx.Variable):
+@nnx.register_variable_name("losses", overwrite=True)  # what linen calls them, for `nnx.bridge`
+class Loss(nnx.Intermediate):
     """A penalty of the last call: a float32 scalar, neither a parameter nor state of an RNG.
 
     Example:
@@ -28,6 +29,13 @@ class Loss(nnx.Variable):
       >>> print(flax_dwconv.total_loss(nnx.state(layer, flax_dwconv.nnx.Loss)))
       0.36
     """
+
+
+# What makes `sow` do nothing outside of an `nnx.capture`, where it is deprecated. Flax 0.12.12 has
+# this argument. Flax 0.12.8 has none, and nothing public that tells whether a capture runs.
+_OR_NOTHING = (
+    {"capture_noop": True} if "capture_noop" in inspect.signature(nnx.Module.sow).parameters else {}
+)
 
 
 class _Signature:
@@ -94,21 +102,33 @@ class _Module(nnx.Module):
         return y, self._penalties(y, parameters)
 
     def _keep(self, penalties: Mapping[str, jax.Array]) -> None:
-        for name, value in penalties.items():
-            if not self._captured(name, value):
-                self.losses[name].set_value(value)
+        new = {name: v for name, v in penalties.items() if not self._captured(name, v)}
+        try:
+            for name, value in new.items():
+                if name in self.losses:
+                    self.losses[name].set_value(value)
+            missing = {name: Loss(v) for name, v in new.items() if name not in self.losses}
+            if missing:  # after `nnx.pop(model, Loss)`
+                self.losses = nnx.data({**self.losses, **missing})
+        except errors.TraceContextError:
+            raise errors.TraceContextError(
+                f"A call of `{type(self).__name__}` keeps its penalties in the layer, which has to "
+                "be an argument of the transformed function, of `nnx.jit` for instance in place of "
+                "`jax.jit`. A layer from the function's closure is called by `with_penalties`, "
+                "which returns them."
+            ) from None
 
     def _captured(self, name: str, value: jax.Array) -> bool:
-        """Hands the penalty to an `nnx.capture`, if there is one, and returns whether there is.
-
-        Outside of one, `sow` is deprecated.
-        """
-        return hasattr(self, "__captures__") and self.sow(
+        """Hands the penalty to an `nnx.capture`, if there is one, and returns whether there is."""
+        if not _OR_NOTHING and not hasattr(self, "__captures__"):
+            return False
+        return self.sow(
             Loss,
             name,
             value,
             init_fn=lambda: jnp.float32(0),
             reduce_fn=_layer.reduction(name),
+            **_OR_NOTHING,
         )
 
     @classmethod

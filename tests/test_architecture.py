@@ -84,6 +84,7 @@ ALLOWED = {
     "_optim": {"_layer", "_vocabulary", "constraints", "flax", "optax"},
     "linen": {"_geometry", "_layer", "flax"},
     "nnx": {"_geometry", "_layer", "_vocabulary", "flax"},
+    "_losses": {"nnx", "flax"},
     "keras_io": {"_config", "_layer", "_vocabulary", "linen", "flax"},
     "_state_dict": set(),
     "weights": {"_geometry", "_state_dict", "flax"},

@@ -332,26 +332,6 @@ def test_penalties_are_differentiable():
     np.testing.assert_allclose(gradient["bias"], db, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "losses, expected",
-    [
-        ({}, 0.0),
-        (None, 0.0),
-        ([], 0.0),
-        ({"kernel": 0.5}, 0.5),
-        ({"a": {"b": {"kernel": np.float32(0.5)}}, "activity": (1.0, [2])}, 3.5),
-        (np.ones((2, 3), "f2"), 6.0),
-        (jnp.full(70_000, 1, jnp.float16), 70_000.0),
-    ],
-    ids=lambda v: str(v)[:40],
-)
-def test_total_loss_of_any_tree(losses, expected):
-    total = total_loss(losses)
-    assert total == expected
-    assert total.shape == () and total.dtype == np.float32
-    assert jax.jit(total_loss)(losses) == expected
-
-
 class Block(nn.Module):
     @nn.compact
     def __call__(self, x):

@@ -393,7 +393,7 @@ def test_optimizer_lands_on_the_constraints():
     @nnx.jit
     def step(model, optimizer):
         def loss(model):
-            return total_loss(jax.tree.map(jnp.sin, nnx.state(model, nnx.Param)))
+            return optax.tree.sum(jax.tree.map(jnp.sin, nnx.state(model, nnx.Param)))
 
         optimizer.update(model, nnx.grad(loss)(model))
 
