@@ -5,10 +5,9 @@ from typing import Any, ClassVar, Self, overload
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from flax.core import meta
 
-from flax_dwconv import _geometry, _layer
+from flax_dwconv import _geometry, _layer, _sow
 
 
 class _Module(nn.Module):
@@ -53,16 +52,7 @@ def _run(layer: Any, x: jax.Array, **streaming: Any) -> jax.Array:
         for name, parameter in layer._parameters(layer._channels(x.shape)).items()
     }
     y = layer._forward(x, parameters, **streaming)
-
-    if layer.is_mutable_collection("losses") and not layer.is_initializing():
-        for name, value in layer._penalties(y, parameters).items():
-            layer.sow(
-                "losses",
-                name,
-                value,
-                init_fn=lambda: jnp.float32(0),
-                reduce_fn=_layer.reduction(name),
-            )
+    _sow.sow(layer, y, parameters)
     return y
 
 
