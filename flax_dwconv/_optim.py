@@ -21,7 +21,8 @@ from flax_dwconv.constraints import VOCABULARY, Projection, Stacked
 def constrain(constraints: Any) -> optax.GradientTransformation:
     """Returns a transformation after whose updates the parameters satisfy their constraints.
 
-    In an `optax.chain` it is the last one. Defined as
+    In an `optax.chain` it has to be the last one: what comes after it changes the updates again,
+    and it cannot know. The example shows a norm of 2.78 under a largest norm of 2. Defined as
 
         updates' = project(params + updates) - params,
 
@@ -52,6 +53,18 @@ def constrain(constraints: Any) -> optax.GradientTransformation:
         >>> updates, state = tx.update(grads, tx.init(params), params)
         >>> optax.apply_updates(params, updates)
         {'bias': Array([-2.], dtype=float32), 'kernel': Array([0. , 1.5], dtype=float32)}
+
+        Last in its chain, and wrongly the first:
+
+        >>> from flax_dwconv.constraints import MaxNorm
+        >>> params, grads = jnp.array([1.2, 1.6]), jnp.array([-1.56, -2.08])
+        >>> last = optax.chain(optax.sgd(0.3), constrain(MaxNorm(2.0)))
+        >>> first = optax.chain(constrain(MaxNorm(2.0)), optax.sgd(0.3))
+        >>> for tx in (last, first):
+        ...     updates, _ = tx.update(grads, tx.init(params), params)
+        ...     print(jnp.linalg.norm(optax.apply_updates(params, updates)))
+        2.0
+        2.78
     """
     flat, _ = jax.tree_util.tree_flatten_with_path(constraints, is_leaf=callable)
     projections = {_path(keys): VOCABULARY.get(leaf, "constraints") for keys, leaf in flat}

@@ -19,6 +19,17 @@ from flax_dwconv._vocabulary import Identifier
 class Loss(nnx.Intermediate):
     """A penalty of the last call: a float32 scalar, neither a parameter nor state of an RNG.
 
+    It says something about a call, so that a checkpoint need not have it. Without it, what was
+    saved can be read whether or not the layers have regularizers:
+
+        nnx.state(model, nnx.Not(Loss))      what to save
+        nnx.update(model, restored)          what to do with it
+
+    `nnx.pop(model, Loss)` takes the penalties out of a model, for `nnx.tabulate` for instance,
+    whose "Total Parameters" adds up variables of every type. The next call makes them anew.
+
+    `nnx.bridge` keeps the penalties of linen layers in variables of this type.
+
     Example:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
@@ -26,8 +37,8 @@ class Loss(nnx.Intermediate):
       >>> layer = flax_dwconv.nnx.DepthwiseConv2D(
       ...     4, 3, depthwise_initializer="ones", depthwise_regularizer="l2", rngs=nnx.Rngs(0))
       >>> y = layer(jnp.ones((1, 8, 8, 4)))
-      >>> print(flax_dwconv.total_loss(nnx.state(layer, flax_dwconv.nnx.Loss)))
-      0.36
+      >>> print(flax_dwconv.total_loss(nnx.pop(layer, flax_dwconv.nnx.Loss)), layer.losses)
+      0.36 {}
     """
 
 
@@ -122,7 +133,9 @@ class _Module(nnx.Module):
         """Hands the penalty to an `nnx.capture`, if there is one, and returns whether there is."""
         if not _OR_NOTHING and not hasattr(self, "__captures__"):
             return False
-        return self.sow(
+        # The base's method: what `nnx.tabulate` puts in place of `self.sow` returns a traced value.
+        return nnx.Module.sow(
+            self,
             Loss,
             name,
             value,
@@ -288,14 +301,18 @@ class DepthwiseConv2D(_Depthwise):
     Each penalty of a regularizer that is set is one variable of the type `Loss`, in the dict
     `losses` under the name "activity_penalty", "kernel_penalty" or "bias_penalty". It is there, as
     0, from the construction on, so that the structure of the graph never changes, and every call
-    replaces it:
+    replaces it. `total_loss(model)` sums those of a model.
 
-        total_loss(nnx.state(model, Loss))
+    A layer that is called twice in a step has the activity of its last call, because nothing tells
+    it where a step begins. In linen the activities add up, and so they do here under
+    `nnx.capture(model, Loss)`, which returns the penalties in place of keeping them:
 
-    sums those of a model. Under `nnx.capture(model, Loss)` a call returns the penalties instead,
-    and a layer that is called twice adds its activities, as in linen. A layer with penalties is
-    changed by a call, so that it has to be an argument of `nnx.jit` and the like, not a part of the
-    function's closure. `with_penalties` is pure.
+        y, penalties = nnx.capture(model, Loss)(x)
+
+    A layer with penalties is changed by a call, so that it has to be an argument of `nnx.jit` and
+    the like, not a part of the function's closure. `nnx.scan` keeps the penalties of a layer that
+    all steps share if it carries them, `in_axes=nnx.StateAxes({Loss: nnx.Carry, ...: None})`; with
+    `in_axes=None` it drops every change without a word. `with_penalties` is pure.
 
     Args:
       in_features: `c`, the number of input channels.
@@ -326,8 +343,7 @@ class DepthwiseConv2D(_Depthwise):
       ... def train_step(model, optimizer, x):
       ...     def loss(model):
       ...         y = model(x)
-      ...         penalties = nnx.state(model, flax_dwconv.nnx.Loss)
-      ...         return jnp.mean(y**2) + flax_dwconv.total_loss(penalties)
+      ...         return jnp.mean(y**2) + flax_dwconv.total_loss(model)
       ...     value, grads = nnx.value_and_grad(loss)(model)
       ...     optimizer.update(model, grads)
       ...     return value

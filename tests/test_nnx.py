@@ -6,6 +6,7 @@ import inspect
 import io
 import json
 
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -233,6 +234,18 @@ def test_tabulate():
     assert str((2 * 9 + 6) * 27) in table  # flops: LLVM removes the 6 of `_computed_once`
 
 
+def test_tabulate_counts_penalties_apart_from_parameters():
+    layer = build(**PENALISED)
+    x = np.ones((1, 5, 5, 3), "f4")
+    how = dict(console_kwargs={"width": 200, "force_terminal": False})
+    for call in (lambda: None, lambda: layer(x)):
+        call()
+        (totals,) = [row for row in nnx.tabulate(layer, x, **how).splitlines() if "Total │" in row]
+        assert [cell.split()[0] for cell in totals.split("│")[5:7]] == ["3", "30"]  # Loss, Param
+    nnx.pop(layer, Loss)
+    assert "Total Parameters: 30 (120 B)" in nnx.tabulate(layer, x, **how)
+
+
 # Penalties
 
 
@@ -284,7 +297,124 @@ def test_capture_adds_the_activities_of_a_layer_called_twice_as_linen_does():
     jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(captured), state["losses"])
 
 
+def test_a_capture_of_other_variables_leaves_the_penalties_in_the_layer():
+    model = Twice()
+    x = oracle.normals(0, 2, 6, 6, 3)
+    _, captured = nnx.capture(model, nnx.Intermediate)(x)
+    assert not jax.tree.leaves(captured) and total_loss(model) > 0
+
+
+def test_penalties_are_intermediates():
+    layer = build(**PENALISED)
+    assert issubclass(Loss, nnx.Intermediate)
+    assert set(nnx.state(layer, nnx.Intermediate)["losses"]) == set(layer.losses)
+    assert not jax.tree.leaves(nnx.state(layer, nnx.Not((nnx.Param, nnx.Intermediate))))
+    paths = [path for path, _ in nnx.to_flat_state(nnx.state(layer, nnx.PathContains("kernel")))]
+    assert paths == [("kernel",)]
+    paths = [path for path, _ in nnx.to_flat_state(nnx.state(layer, nnx.PathContains("bias")))]
+    assert paths == [("bias",)]
+
+
+@pytest.mark.parametrize("what", [Loss, nnx.Intermediate])
+def test_a_call_after_pop_makes_the_penalties_anew(what):
+    x = oracle.normals(0, 2, 6, 6, 3)
+    layer = build(**PENALISED)
+    layer(x)
+    structure, expected = nnx.graphdef(layer), losses(layer)
+
+    def train(layer, x):
+        return nnx.grad(lambda layer: total_loss((layer(x), layer)[1]))(layer)
+
+    for call in (lambda layer, x: layer(x), nnx.jit(lambda layer, x: layer(x)), nnx.jit(train)):
+        popped = nnx.pop(layer, what)
+        np.testing.assert_allclose(total_loss(popped), sum(expected.values()), rtol=1e-5)
+        assert layer.losses == {} and total_loss(layer) == 0
+        call(layer, x)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), losses(layer), expected
+        )
+        assert nnx.graphdef(layer) == structure
+    nnx.pop(layer, what)
+    _, captured = nnx.capture(layer, Loss)(x)
+    np.testing.assert_allclose(total_loss(captured), sum(expected.values()), rtol=1e-5)
+    assert layer.losses == {}
+
+
+# Bridges and wrappers
+
+
+def test_a_linen_layer_in_nnx_keeps_its_weights_and_penalties_apart():
+    linen = flax_dwconv.DepthwiseConv2D(3, **PENALISED)
+    x = oracle.normals(0, 2, 6, 6, 3)
+    model = nnx.bridge.ToNNX(linen, rngs=nnx.Rngs(0)).lazy_init(x)
+    kernel = model.kernel[...]
+    variables = {"params": {"kernel": kernel, "bias": model.bias[...]}}
+    expected, state = linen.apply(variables, x, mutable=["losses"])
+    for _ in range(2):  # the bridge feeds the penalties back
+        np.testing.assert_array_equal(model(x, mutable=["losses"]), expected)
+        np.testing.assert_array_equal(model.kernel, kernel)
+        assert type(model.kernel) is nnx.Param and type(model.kernel_penalty) is Loss
+        assert total_loss(model) == total_loss(nnx.state(model)) == total_loss(state)
+    nnx.pop(model, Loss)
+    model(x, mutable=["losses"])
+    assert total_loss(model) == total_loss(state)
+
+
+def test_an_nnx_layer_in_linen_has_its_penalties_in_the_collection():
+    model = nnx.bridge.ToLinen(DepthwiseConv2D, args=(3, 3), kwargs=PENALISED)
+    x = oracle.normals(0, 2, 6, 6, 3)
+    variables = model.init(jax.random.key(0), x)
+    y, state = model.apply(variables, x, mutable=["losses"])
+    linen = flax_dwconv.DepthwiseConv2D(3, **PENALISED)
+    expected, penalties = linen.apply({"params": variables["params"]}, x, mutable=["losses"])
+    np.testing.assert_array_equal(y, expected)
+    assert total_loss(state) == total_loss(penalties)
+    _, again = model.apply(variables | state, x, mutable=["losses"])
+    assert total_loss(again) == total_loss(state)
+
+
+def test_weight_norm_around_a_layer_with_penalties():
+    model = nnx.WeightNorm(build(**PENALISED), rngs=nnx.Rngs(0))
+    x = oracle.normals(0, 2, 6, 6, 3)
+    assert list(model.scales) == [("kernel",)]
+    for _ in range(2):
+        model(x)
+    kernel = model.layer_instance.kernel[...]
+    np.testing.assert_allclose(np.square(kernel).sum(), 1, rtol=1e-5)  # one feature
+    np.testing.assert_allclose(model.layer_instance.losses["kernel_penalty"][...], 0.01, rtol=1e-5)
+    gradient = nnx.jit(nnx.grad(lambda model, x: total_loss((model(x), model)[1])))(model, x)
+    assert {v.shape for v in jax.tree.leaves(gradient)} >= {kernel.shape, (3,)}
+
+
 # Transformations
+
+
+CLOSURES = dict(
+    jit=lambda call, x: jax.jit(call)(x),
+    nnx_jit=lambda call, x: nnx.jit(call)(x),
+    grad=lambda call, x: jax.grad(lambda x: call(x).sum())(x),
+    vmap=lambda call, x: jax.vmap(call)(x[None]),
+    scan=lambda call, x: jax.lax.scan(lambda x, _: (call(x), None), x, None, length=2),
+    nnx_scan=lambda call, x: nnx.scan(call, in_axes=nnx.Carry, out_axes=nnx.Carry, length=2)(x),
+)
+
+
+@pytest.mark.parametrize("transform", CLOSURES.values(), ids=CLOSURES)
+@pytest.mark.parametrize("popped", [False, True])
+def test_a_call_from_a_closure_says_what_to_do(transform, popped):
+    layer = build(**PENALISED)
+    if popped:
+        nnx.pop(layer, Loss)
+    x = oracle.normals(0, 2, 6, 6, 3)
+    with pytest.raises(flax.errors.TraceContextError) as error:
+        transform(lambda x: layer(x), x)
+    assert str(error.value).startswith(
+        "A call of `DepthwiseConv2D` keeps its penalties in the layer, which has to be an argument "
+        "of the transformed function, of `nnx.jit` for instance in place of `jax.jit`. A layer "
+        "from the function's closure is called by `with_penalties`, which returns them."
+    )
+    transform(lambda x: layer.with_penalties(x)[0], x)
+    transform(build(padding="same"), x)  # nothing to keep
 
 
 def test_jit_traces_once():
@@ -364,6 +494,30 @@ def test_scan_over_layers():
     squares = np.square(layers.kernel[...]).sum((1, 2, 3, 4))
     np.testing.assert_allclose(layers.losses["kernel_penalty"][...], 0.01 * squares, rtol=1e-5)
     nnx.remat(lambda layers: layers.kernel[...].sum())(layers)
+
+
+@pytest.mark.parametrize("jit", [lambda f: f, nnx.jit])
+def test_scan_over_time(jit):
+    """A carried layer is called once a step, and so has the penalties of the last step."""
+    layer, loop = (build(**PENALISED) for _ in range(2))
+    x = y = oracle.normals(0, 2, 6, 6, 3)
+    carried = nnx.StateAxes({Loss: nnx.Carry, ...: None})
+
+    @jit
+    def run(x, layer):
+        axes = dict(in_axes=(nnx.Carry, carried), out_axes=nnx.Carry, length=4)
+        return nnx.scan(lambda x, layer: layer(x), **axes)(x, layer)
+
+    for _ in range(4):
+        y = loop(y)
+    np.testing.assert_allclose(run(x, layer), y, rtol=1e-4, atol=1e-6)
+    for name, value in losses(loop).items():
+        np.testing.assert_allclose(layer.losses[name][...], value, rtol=1e-4)
+    _, penalties = jax.lax.scan(lambda x, _: loop.with_penalties(x), x, None, length=4)
+    assert penalties["kernel_penalty"].shape == (4,)
+    np.testing.assert_allclose(
+        penalties["activity_penalty"][-1], layer.losses["activity_penalty"], rtol=1e-4
+    )
 
 
 # Constraints

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 import oracle
 import pytest
+from flax import nnx
 
 import flax_dwconv
 from flax_dwconv import (
@@ -132,6 +133,42 @@ def test_serialization_round_trip():
     jax.tree.map(np.testing.assert_array_equal, restored, variables)
     plain = flax.serialization.from_state_dict(empty, flax.serialization.to_state_dict(variables))
     jax.tree.map(np.testing.assert_array_equal, plain, variables)
+
+
+PENALTIES = dict(depthwise_regularizer="l2", activity_regularizer="l1")
+
+
+@pytest.mark.parametrize("saved", [{}, PENALTIES], ids=["without", "with"])
+@pytest.mark.parametrize("read", [{}, PENALTIES], ids=["without", "with"])
+def test_a_checkpoint_does_not_depend_on_regularizers(saved, read, tmp_path):
+    """README's lines: saved without `Loss`, and read by a model of other regularizers."""
+    checkpoint = pytest.importorskip("orbax.checkpoint")
+    x = oracle.normals(0, 2, 6, 6, 3)
+
+    def model(seed, settings):
+        rngs = nnx.Rngs(seed)
+        return nnx.Sequential(
+            flax_dwconv.nnx.DepthwiseConv2D(3, 3, rngs=rngs, **settings),
+            nnx.BatchNorm(3, rngs=rngs),
+            flax_dwconv.nnx.SeparableConv2D(3, 4, 3, rngs=rngs, **settings),
+        )
+
+    def state(model):
+        return nnx.state(model, nnx.Not(flax_dwconv.nnx.Loss))
+
+    old, new = model(0, saved), model(1, read)
+    old(x)
+    with checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "old", state(old))
+    with checkpoint.StandardCheckpointer() as checkpointer:
+        abstract = jax.tree.map(checkpoint.utils.to_shape_dtype_struct, state(new))
+        nnx.update(new, checkpointer.restore(tmp_path / "old", abstract))
+    assert total_loss(new) == 0
+    jax.tree.map(np.testing.assert_array_equal, state(new), state(old))
+    for m in (old, new):
+        m.eval()
+    np.testing.assert_array_equal(new(x), old(x))
+    assert (total_loss(new) > 0) == bool(read)
 
 
 def test_tabulate_shows_shapes_and_flops():
