@@ -8,7 +8,9 @@ A config is the dict of settings, or a whole one that wraps it with "class_name"
     other keys        "groups" is Keras 2's mark, "registered_name" that of Keras 3
 """
 
-from collections.abc import Mapping, Sequence
+import inspect
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_dwconv import activations, constraints, initializers, regularizers
-from flax_dwconv._vocabulary import Vocabulary, is_of_keras
+from flax_dwconv._vocabulary import Vocabulary, is_of_keras, nearest
 
 _VOCABULARIES = {
     "activation": activations.VOCABULARY,
@@ -73,7 +75,11 @@ def write(name: str | None, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read(
-    config: Any, class_name: str, arguments: Sequence[str], required: Sequence[str]
+    config: Any,
+    class_name: str,
+    arguments: Sequence[str],
+    required: Sequence[str],
+    customs: "Customs",
 ) -> dict[str, Any]:
     """Returns the constructor's arguments that a config of any dialect stands for, and `name`.
 
@@ -82,17 +88,20 @@ def read(
       class_name: Keras's name of the layer.
       arguments: those of the layer.
       required: those of them that have no default.
+      customs: what is not Keras's.
 
     Raises:
       TypeError: if something is not a dict, or the name neither a string nor None.
-      ValueError: for another class, an unknown key, or if a required one is missing.
+      ValueError: for another class, an unknown key, if a required one is missing, or for an
+        activation that is neither Keras's nor in `customs`.
     """
     if not isinstance(config, Mapping):
         raise TypeError(f"`config` must be a dict, got {type(config).__name__}.")
     settings, whole = config, {}
     if "class_name" in config and "config" in config:
         settings, whole = config["config"], config
-        if whole["class_name"] != class_name or not is_of_keras(whole):
+        of_keras = whole["class_name"] == class_name and is_of_keras(whole)
+        if not of_keras and class_name not in [base.__name__ for base in customs.bases(whole)]:
             names = " of ".join(repr(whole[k]) for k in ("class_name", "module") if k in whole)
             raise ValueError(f"`config` must be of Keras's {class_name}, got {names}.")
         if not isinstance(settings, Mapping):
@@ -111,6 +120,11 @@ def read(
             raise ValueError(f"`config` must have a `{key}`, got the keys {keys}.")
     if not isinstance(settings.get("name"), str | None):
         raise TypeError(f"`name` must be a string or None, got {settings['name']!r}.")
+    for argument in arguments:
+        if argument in settings:
+            settings[argument] = customs.identifier(
+                settings[argument], argument, settings.get("name")
+            )
     return settings | _read_dtypes(settings)
 
 
@@ -127,6 +141,123 @@ def _is_of_keras_3(settings: Mapping[str, Any], whole: Mapping[str, Any]) -> boo
     """Whether Keras 3 wrote a config: Keras 2 registers no names, or it writes `groups` too."""
     objects = [whole, *(v for v in settings.values() if isinstance(v, Mapping))]
     return "groups" not in settings and any("registered_name" in v for v in objects)
+
+
+class Customs:
+    """What the names of a user's own objects stand for, as Keras's `custom_objects` say it.
+
+    A trained layer computes the same whatever initialized, penalized or constrained its weights:
+    an initializer, regularizer or constraint that `custom_objects` lacks is read as None.
+
+    Args:
+      custom_objects: {name: object or None}; None is no object at all.
+      written_by_keras: whether the configs certainly are. Otherwise a name without a package that
+        resembles one of Keras's is a slip of the pen.
+
+    Raises:
+      TypeError: if it is no such dict.
+    """
+
+    def __init__(
+        self, custom_objects: Mapping[str, Any] | None, written_by_keras: bool = False
+    ) -> None:
+        if not isinstance(custom_objects, Mapping | None):
+            kind = type(custom_objects).__name__
+            raise TypeError(f"`custom_objects` must be a dict, got {kind}.")
+        self._objects = dict(custom_objects or {})
+        self._written_by_keras = written_by_keras
+        # "`argument` 'name of an object'" -> the layers in which it was read as None.
+        self._dropped: dict[str, list[str]] = {}
+
+    def named(self, words: Sequence[str]) -> list[Any]:
+        """Returns the object that one of the words stands for, in a list, or an empty list."""
+        return [self._objects[word] for word in words if word in self._objects][:1]
+
+    def bases(self, node: Mapping[str, Any]) -> list[type]:
+        """Returns the class that stands for that of a serialized object, and its bases."""
+        classes = self.named(words_of(node, ()))
+        return [base for cls in classes for base in getattr(cls, "__mro__", ())]
+
+    def identifier(self, value: Any, argument: str, layer: str | None) -> Any:
+        """Returns the identifier to read instead of the one that a config has for an argument.
+
+        Args:
+          value: in the config.
+          argument: of the layer, such as "bias_regularizer".
+          layer: the name of the layer.
+
+        Raises:
+          TypeError: if what `custom_objects` has cannot be made from the config.
+          ValueError: for an activation that is neither Keras's nor in `custom_objects`, or a slip.
+        """
+        room = vocabulary(argument)
+        words = [] if room is None else words_of(value, room.names)
+        if room is None or not words:
+            return value
+        for obj in self.named(words):
+            if not inspect.isclass(obj):
+                return obj
+            config = value["config"] if isinstance(value, Mapping) else {}
+            return obj.from_config(config) if hasattr(obj, "from_config") else obj(**config)
+        if argument == "activation":
+            try:
+                return room.get(value, argument)
+            except (TypeError, ValueError) as error:
+                line = f"`custom_objects={{{words[-1]!r}: ...}}` says what it stands for."
+                raise type(error)(f"{error} {line}") from None
+        foreign = self._written_by_keras or (isinstance(value, Mapping) and not is_of_keras(value))
+        if not foreign and nearest(words[-1], room.names) != ".":
+            return value  # for the error that shows the nearest name
+        name = "the layer" if layer is None else repr(layer)
+        self._dropped.setdefault(f"`{argument}` {words[-1]!r}", []).append(name)
+        return None
+
+    def warn(self, stacklevel: int = 3) -> None:
+        """Warns once of all that was read as None."""
+        if self._dropped:
+            found = [
+                f"{what} of {', '.join(layers[:3])}"
+                + (f" and {len(layers) - 3} other layers" if len(layers) > 3 else "")
+                for what, layers in self._dropped.items()
+            ]
+            warnings.warn(
+                f"Read as None, which changes nothing that a trained layer computes: "
+                f"{'; '.join(found)}. `custom_objects={{name: object}}` says what they stand for.",
+                stacklevel=stacklevel,
+            )
+
+
+def words_of(value: Any, names: Collection[str]) -> list[str]:
+    """Returns the words by which users may name their own object in a config.
+
+    Args:
+      value: a name, or a serialized object.
+      names: those of Keras's objects.
+
+    Returns:
+      The name under which it is registered, if it is, and that of its class or function. Nothing
+      for an object of Keras's, or for what is no object.
+    """
+    if isinstance(value, str):
+        return [] if value in names or not value else [value]
+    if not isinstance(value, Mapping):
+        return []
+    name = value.get("config" if value.get("class_name") == "function" else "class_name")
+    if not isinstance(name, str):
+        return []
+    if name in names and (is_of_keras(value) or value.get("module") == "builtins"):
+        return []
+    registered = value.get("registered_name")
+    return [registered, name] if isinstance(registered, str) and registered != name else [name]
+
+
+def _policy(value: Any) -> Any:
+    """Returns the policy that counts: of a map, which has one for each name, the default."""
+    if not isinstance(value, Mapping) or value.get("class_name") != "DTypePolicyMap":
+        return value
+    inner = value.get("config")
+    default = inner.get("default_policy") if isinstance(inner, Mapping) else value
+    return {"config": {"name": default}} if isinstance(default, str) else default
 
 
 # Dtypes
@@ -182,7 +313,7 @@ def _read_dtypes(config: Mapping[str, Any]) -> dict[str, Any]:
     The policy object "float32", Keras 3's default, is our default: promotion by Flax's rules. Every
     other policy, and the bare string "float32", casts as Keras does.
     """
-    policy = config.get("dtype")
+    policy = _policy(config.get("dtype"))
     name = policy
     if isinstance(policy, Mapping):
         inner = policy.get("config")

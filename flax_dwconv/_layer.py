@@ -176,11 +176,14 @@ class Settings:
         return _config.write(getattr(self, "name", None), {n: getattr(self, n) for n in names})
 
     @classmethod
-    def _settings_from_config(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+    def _settings_from_config(
+        cls, config: Mapping[str, Any], customs: _config.Customs
+    ) -> dict[str, Any]:
         """Returns the constructor's arguments that a Keras config stands for, and `name`."""
         fields = setting_fields(cls)
         required = [field.name for field in fields if field.default is dataclasses.MISSING]
-        return _config.read(config, cls.__name__, [field.name for field in fields], required)
+        names = [field.name for field in fields]
+        return _config.read(config, cls.__name__, names, required, customs)
 
     def _features(self, channels: Any) -> Any:
         """Returns the channels of the result for inputs of `channels`."""

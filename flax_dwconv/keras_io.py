@@ -1,27 +1,15 @@
 """Keras's configs, layers and files, in and out. A file is read without Keras, and never run.
 
-What `load` reads, with the weights of a layer "dw" in the order kernel, bias:
-
-    .keras         zip of config.json, metadata.json and model.weights.h5
-    .weights.h5    HDF5, <path>/vars/0 and 1; a path names attributes and classes, not layers
-    .h5, Keras 3   HDF5, attribute model_config; model_weights/dw/dw/kernel and bias
-    .h5, Keras 2   the same, but model_weights/dw/dw/depthwise_kernel:0 and bias:0
-
-In a path such as "layers/functional/layers/depthwise_conv2d_1" every list numbers the layers of one
-class in the order of the model's config, which is therefore needed to find a name.
+`_keras_files` reads the containers that Keras writes, `_keras_names` the config of a model, and
+`_keras_weights` brings the two together. Here the layers of this package are made of them.
 """
 
 import contextlib
-import dataclasses
-import importlib
-import io
-import itertools
-import json
 import os
 import re
 import typing
-import zipfile
-import zlib
+import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
-from flax_dwconv import _config, _layer, linen
+from flax_dwconv import _config, _keras_files, _keras_names, _keras_weights, _layer, linen
 from flax_dwconv._vocabulary import is_of_keras
 
 Layer = (
@@ -37,18 +25,24 @@ Layer = (
 )
 # Keras's name of a layer -> ours.
 _LAYERS: dict[str, Any] = {layer.__name__: layer for layer in typing.get_args(Layer)}
+# These are depthwise too where `groups` is the number of channels.
+_GROUPED = {"Conv1D": linen.DepthwiseConv1D, "Conv2D": linen.DepthwiseConv2D}
 
 
-def from_config(config: Mapping[str, Any]) -> Layer:
+def from_config(
+    config: Mapping[str, Any], *, custom_objects: Mapping[str, Any] | None = None
+) -> Layer:
     """Returns the layer that a config of Keras 2 or 3 stands for, as its own `from_config` does.
 
     Args:
       config: the whole dict with "class_name" and "config", or the settings of a DepthwiseConv2D,
         as its `get_config` returns them. "hard_sigmoid" is Keras 3's in a config that Keras 3
         wrote, and Keras 2's elsewhere.
+      custom_objects: what names stand for that are not Keras's, as in `load`.
 
     Raises:
-      ValueError: for another class, an unknown key, a value that has no meaning or a custom object.
+      ValueError: for another class, an unknown key, a value that has no meaning or a custom
+        activation that `custom_objects` lacks.
       TypeError: for a value of a wrong type.
 
     Example:
@@ -59,8 +53,27 @@ def from_config(config: Mapping[str, Any]) -> Layer:
       >>> layer.name, layer.kernel_size, layer.dtype
       ('dw', (3, 3), dtype(bfloat16))
     """
-    name = config.get("class_name") if isinstance(config, Mapping) else None
-    return _LAYERS.get(str(name), linen.DepthwiseConv2D).from_config(config)
+    customs = _config.Customs(custom_objects)
+    whole = isinstance(config, Mapping) and isinstance(config.get("class_name"), str)
+    cls = (_class(config, customs) if whole else None) or linen.DepthwiseConv2D
+    layer = cls(**cls._settings_from_config(config, customs))
+    customs.warn()
+    return layer
+
+
+def _class(node: Mapping[str, Any], customs: _config.Customs) -> Any:
+    """Returns our class for a serialized layer; None for one that is none of ours."""
+    if is_of_keras(node):
+        return _LAYERS.get(node["class_name"])
+    return _ours(customs.bases(node))
+
+
+def _ours(bases: Sequence[type]) -> Any:
+    """Returns our class for a class with these bases, of Keras or of linen; None without any."""
+    names = [base.__name__ for base in bases if base.__name__ in _LAYERS]
+    if bases and issubclass(bases[0], linen.nn.Module):  # a subclass of ours
+        return bases[0] if names else None
+    return _LAYERS[names[0]] if names else None
 
 
 # Keys of our own configs that Keras 3 has no word for, as messages.
@@ -114,11 +127,15 @@ def to_config(layer: _layer.Settings) -> dict[str, Any]:
     }
 
 
-def from_keras(keras_layer: Any) -> tuple[Layer, dict[str, Any]]:
+def from_keras(
+    keras_layer: Any, *, custom_objects: Mapping[str, Any] | None = None
+) -> tuple[Layer, dict[str, Any]]:
     """Returns the layer and the variables of a built Keras layer, of any version and backend.
 
     Args:
-      keras_layer: a depthwise or separable layer with weights.
+      keras_layer: a depthwise or separable layer with weights, a `Conv1D` or `Conv2D` whose groups
+        are its channels, or one of a subclass of these, whose own `call` is ignored.
+      custom_objects: what names stand for that are not Keras's, as in `load`.
 
     Returns:
       `(layer, {"params": ...})`, to be used as `layer.apply(variables, x)`.
@@ -144,13 +161,21 @@ def from_keras(keras_layer: Any) -> tuple[Layer, dict[str, Any]]:
         raise TypeError(
             f"`keras_layer` must be a layer of Keras, got {type(keras_layer).__name__}."
         )
-    name, config = type(keras_layer).__name__, keras_layer.get_config()
-    whole = {"class_name": name, "config": config}
-    layer = from_config(whole if name in _LAYERS else config)
+    bases, config = type(keras_layer).__mro__, keras_layer.get_config()
+    weights = [np.asarray(weight) for weight in keras_layer.weights]
+    name = next((base.__name__ for base in bases if base.__name__ in _GROUPED), "")
+    if name and _is_grouped(config):
+        cls, config = _GROUPED[name], _as_depthwise(config)
+        weights = _split_channels(weights, config)
+    else:
+        cls = _ours(bases) or linen.DepthwiseConv2D
+    customs = _config.Customs(custom_objects, written_by_keras=True)
+    layer = cls(**cls._settings_from_config(config, customs))
     if not keras_layer.weights:
         raise ValueError(f"`keras_layer` must be built, got {keras_layer!r} without weights.")
-    weights = [np.asarray(weight) for weight in keras_layer.weights]
-    return layer, {"params": _params(layer, weights)}
+    params = _params(layer, weights)
+    customs.warn()
+    return layer, {"params": params}
 
 
 def to_keras(layer: _layer.Settings, variables: Mapping[str, Any]) -> Any:
@@ -185,26 +210,41 @@ def to_keras(layer: _layer.Settings, variables: Mapping[str, Any]) -> Any:
     shape: list[int | None] = [None] * (layer.rank + 2)
     shape[layer._window.channel_axis] = params[names[0]].shape[-2]
 
-    result = getattr(_require("keras").layers, whole["class_name"]).from_config(whole["config"])
+    keras = _keras_files.require("keras", "keras")
+    result = getattr(keras.layers, whole["class_name"]).from_config(whole["config"])
     result.build(tuple(shape))
     result.set_weights([np.asarray(params[name]) for name in names])
     return result
 
 
 def load(
-    path: str | os.PathLike[str], *, config: Mapping[str, Any] | str | None = None
-) -> dict[str, tuple[linen.DepthwiseConv2D, dict[str, Any]]]:
-    """Returns every `DepthwiseConv2D` of a Keras file, with its weights.
+    path: str | os.PathLike[str],
+    *,
+    config: Mapping[str, Any] | str | None = None,
+    custom_objects: Mapping[str, Any] | None = None,
+) -> dict[str, tuple[Layer, dict[str, Any]]]:
+    """Returns every depthwise and separable layer of a Keras file, with its weights.
+
+    These are `DepthwiseConv1D` and `2D`, `SeparableConv1D` and `2D`, and those `Conv1D` and
+    `Conv2D` that are depthwise: with several groups, as many as input channels. `weights` reads the
+    other layers.
 
     Keras need not be installed. Nothing in the file is executed or extracted to disk; custom
-    objects and pickled functions next to the depthwise layers are passed over, and so are layers
-    that a custom class makes in its own code, of which a file has no config.
+    objects and pickled functions next to the layers are passed over, and so are layers that a
+    custom class makes in its own code, of which a file has no config.
 
     Args:
-      path: a `.keras` file, a whole-model `.h5` file of Keras 2 or 3, or a `.weights.h5` file.
+      path: a `.keras` file, or the directory that Keras leaves with `zipped=False`; a whole-model
+        `.h5` file of Keras 2 or 3; or weights only: a `.weights.h5` file, or the `.weights.json`
+        beside the parts of sharded ones.
       config: what the file lacks if it holds weights only: the config of the model, as `to_json()`,
         `get_config()` or config.json in a `.keras` file give it, or that of its only layer.
         Otherwise it replaces the file's.
+      custom_objects: {name: object or None}: what the names in the file stand for that are not
+        Keras's. A custom activation has to be here, as a function. An initializer, regularizer or
+        constraint that is not here is read as None, and a warning says so. A subclass of a layer is
+        read if it is here, as the class itself or as the layer of this package to take for it, and
+        passed over with a warning otherwise, or silently if None is here.
 
     Returns:
       `{name: (layer, {"params": ...})}` in the order of the model. The name of a layer in a nested
@@ -214,180 +254,218 @@ def load(
       ImportError: if h5py is not installed.
       OSError: if there is no file, or no right to read it.
       TypeError: if an argument is of another type.
-      ValueError: if the file is not one of Keras's or is damaged, if it has no depthwise layer or
-        one whose weights do not fit its config, or if it needs a `config`.
+      ValueError: if the file is not one of Keras's or is damaged, if it has no such layer or one
+        whose weights do not fit its config, if it needs a `config`, or if a layer has both strides
+        and dilation, which `depthwise_conv2d` computes: the message has the lines.
 
     Example:
       >>> from flax_dwconv import keras_io
       >>> for name, (layer, variables) in keras_io.load("model.keras").items():  # doctest: +SKIP
       ...     y = layer.apply(variables, x)
     """
-    path = os.fspath(path)
-    model = None if config is None else _model(config)
-    with open(path, "rb") as file:
-        try:
-            return _read(file, model)
-        except ImportError:
-            raise
-        except _BAD_FILE as error:
-            raise ValueError(
-                f"`path` must be a file of Keras with depthwise layers, got {path!r}: {error}"
-            ) from error
-
-
-# What zipfile, zlib, h5py and json raise for a file that is not what it says, and we ourselves.
-_BAD_FILE = (
-    AttributeError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    OSError,
-    OverflowError,
-    RuntimeError,  # a RecursionError too
-    TypeError,
-    ValueError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
-_SMALL = 1 << 26  # bytes that are read without asking how they were compressed
-
-
-@dataclasses.dataclass(frozen=True)
-class _Entry:
-    """A depthwise layer in a model's config: the names that lead to it, its dict, and its path."""
-
-    names: tuple[str, ...]
-    node: Mapping[str, Any]
-    path: str
-
-
-def _read(file: Any, model: Mapping[str, Any] | None) -> dict[str, Any]:
-    with contextlib.ExitStack() as stack:
-        version = None
-        if file.read(2) == b"PK":
-            archive = stack.enter_context(zipfile.ZipFile(file))
-            names = archive.namelist()
-            if climbing := [n for n in names if ".." in re.split(r"[/\\]", n) or n[:1] in "/\\"]:
-                raise ValueError(f"the entry {climbing[0]!r} climbs out of the archive.")
-            if "metadata.json" in names:
-                version = json.loads(_entry(archive, "metadata.json")).get("keras_version")
-            if model is None:
-                model = _model(_entry(archive, "config.json"))
-            file = io.BytesIO(_entry(archive, "model.weights.h5"))
-        file.seek(0)
-        root = stack.enter_context(_require("h5py").File(file, "r"))
-        if model is None:
-            if "model_config" not in root.attrs:
-                raise ValueError("it holds no config, weights only: pass the model's as `config`.")
-            model = _model(_text(root.attrs["model_config"]))
-        version = _text(root.attrs["keras_version"]) if "keras_version" in root.attrs else version
-
-        legacy = _child(root, "model_weights") if "model_weights" in root.keys() else None
-        if legacy is None and _strings(root.attrs, "layer_names"):  # weights only, of Keras 2
-            legacy = root
-        entries = list(_walk(model, (), ""))
-        if not entries:
-            raise ValueError("it has no depthwise layer.")
-        result, seen = {}, []
-        for entry in entries:
-            name = "/".join(entry.names)
-            try:
-                layer = from_config(_config.with_version(entry.node, version))
-                weights = (
-                    _legacy_weights(legacy, entry) if legacy is not None else _weights(root, entry)
-                )
-                key = layer.name, layer
-                if weights is None:
-                    twins = [w for k, w in seen if k == key]
-                    if len(twins) != 1:
-                        raise ValueError(f"the file has no weights at {entry.path!r}.")
-                    weights = twins[0]
-                else:
-                    seen.append((key, weights))
-                params = _params(layer, weights, entry.node.get("build_config"))
-                if name in result:
+    customs = _config.Customs(custom_objects, written_by_keras=True)
+    result: dict[str, tuple[Layer, dict[str, Any]]] = {}
+    with _opened(path, config, " with depthwise layers") as (found, version):
+        for item in found:
+            with _named(item):
+                loaded = _layer_of(item, version, customs)
+                if loaded is not None and item.entry.name in result:
                     raise ValueError("its name must be unique.")
-            except _BAD_FILE as error:
-                raise ValueError(f"layer {name!r}: {error}") from error
-            result[name] = layer, {"params": params}
-        return result
+            if loaded is not None:
+                result[item.entry.name] = loaded
+        offers = _offers(found, customs)
+        if not result:
+            seen = Counter(item.entry.class_name for item in found)
+            listed = ", ".join(f"{n} {name}" for name, n in seen.items()) or "no layer at all"
+            raise ValueError(f"it has no depthwise layer, but {listed}.{offers}")
+    if offers:
+        warnings.warn(f"Passed over in {os.fspath(path)!r}:{offers}", stacklevel=2)
+    customs.warn()
+    return result
 
 
-def _entry(archive: zipfile.ZipFile, name: str) -> bytes:
-    """Returns an entry of an archive, checked by its CRC, unless it would explode."""
+def weights(
+    path: str | os.PathLike[str], *, config: Mapping[str, Any] | str | None = None
+) -> dict[str, tuple[str, dict[str, Any], dict[str, np.ndarray]]]:
+    """Returns the weights of every layer in a Keras file, depthwise or not.
+
+    Nested models, wrappers such as `TimeDistributed` and `Bidirectional`, and shared layers are
+    included: what they hold is listed layer by layer. Keras need not be installed, and nothing in
+    the file is executed. The state of optimizers, metrics and random numbers is no weight.
+
+    The variables have the names that Keras 3 gives them, whichever version wrote the file:
+    "kernel", "gamma", "moving_mean". A layer that keeps variables in parts of its own, such as
+    `MultiHeadAttention`, has them as "query/kernel". Where a custom class makes its variables
+    itself, only an `.h5` file of a whole model has their names; elsewhere they are "0", "1", ... in
+    Keras's order, those of its parts with the path of the part before. So is all there is of a
+    subclassed model, of which a file has no structure.
+
+    Args:
+      path: as in `load`.
+      config: as in `load`.
+
+    Returns:
+      `{name: (class_name, config, {variable: array})}` in the order of the model, with the names
+      that `load` gives; `config` is what the layer's `get_config` returned. The arrays are
+      contiguous.
+
+    Raises:
+      ImportError: if h5py is not installed.
+      OSError: if there is no file, or no right to read it.
+      TypeError: if an argument is of another type.
+      ValueError: if the file is not one of Keras's or is damaged, if it lacks weights that its
+        config asks for, or if it needs a `config`.
+
+    Example:
+      >>> from flax_dwconv import keras_io
+      >>> for name, (kind, config, arrays) in keras_io.weights("m.keras").items():  # doctest: +SKIP
+      ...     print(name, kind, {key: array.shape for key, array in arrays.items()})
+    """
+    result: dict[str, tuple[str, dict[str, Any], dict[str, np.ndarray]]] = {}
+    with _opened(path, config, "") as (found, _):
+        for item in found:
+            if item.variables or item.problem:
+                with _named(item):
+                    if item.entry.name in result:
+                        raise ValueError("its name must be unique.")
+                    arrays = item.arrays()
+                entry = item.entry
+                result[entry.name] = entry.class_name, dict(entry.config), arrays
+    return result
+
+
+@contextlib.contextmanager
+def _opened(
+    path: str | os.PathLike[str], config: Any, kind: str
+) -> Iterator[tuple[list[_keras_weights.Found], str | None]]:
+    """Yields what a file holds, and the version of the Keras that wrote it, if known.
+
+    What is wrong with the file, also while it is read, becomes a ValueError with its path.
+    """
+    path = os.fspath(path)
+    model = None if config is None else _keras_names.model(config)
     try:
-        info = archive.getinfo(name)
-    except KeyError:
-        raise ValueError(f"the archive has no {name!r}.") from None
-    if info.file_size > max(_SMALL, 100 * info.compress_size):
-        raise ValueError(f"{name!r} is {info.file_size} bytes packed in {info.compress_size}.")
-    return archive.read(info)
+        with _keras_files.opened(path) as store:
+            if model is None:
+                if store.config is None:
+                    raise ValueError(store.no_config)
+                model = _keras_names.model(store.config)
+            yield _keras_weights.find(store, model), store.version
+    except (ImportError, FileNotFoundError, PermissionError):
+        raise
+    except _keras_files.BAD_FILE as error:
+        raise ValueError(f"`path` must be a file of Keras{kind}, got {path!r}: {error}") from error
 
 
-# Configs.
+@contextlib.contextmanager
+def _named(item: _keras_weights.Found) -> Iterator[None]:
+    """Says in an error which layer it is about."""
+    try:
+        yield
+    except _keras_files.BAD_FILE as error:
+        raise ValueError(f"layer {item.entry.name!r}: {error}") from error
 
 
-def _model(config: Any) -> Mapping[str, Any]:
-    """Returns the dict of a model, given that, its JSON, the inner dict, or its only layer's."""
-    if isinstance(config, str | bytes):
-        try:
-            config = json.loads(config)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"`config` must be valid JSON, got the error: {error}") from error
-    if not isinstance(config, Mapping):
-        raise TypeError(f"`config` must be a dict or JSON of one, got {type(config).__name__}.")
-    if "class_name" not in config:
-        kind = "DepthwiseConv2D" if "kernel_size" in config else "Functional"
-        config = {"class_name": kind, "config": config}
-    if _is_depthwise(config):
-        config = {"class_name": "Sequential", "config": {"layers": [config]}}
-    return config
+def _layer_of(
+    item: _keras_weights.Found, version: str | None, customs: _config.Customs
+) -> tuple[Layer, dict[str, Any]] | None:
+    """Returns what was found as a layer of ours, with its variables; None if it is none."""
+    node, arrays = item.entry.node, None
+    cls = _class(node, customs)
+    if cls is None:
+        if node["class_name"] not in _GROUPED or not is_of_keras(node):
+            return None
+        if not _is_grouped(item.entry.config):
+            return None
+        arrays = list(item.arrays().values())
+        if arrays[0].shape[-2:-1] != (1,):  # a group has several channels
+            return None
+        cls = _GROUPED[node["class_name"]]
+        settings = _as_depthwise(item.entry.config)
+        arrays = _split_channels(arrays, settings)
+        node = {**node, "class_name": cls.__name__, "config": settings}
+    try:
+        settings = cls._settings_from_config(_config.with_version(node, version), customs)
+        layer = cls(**settings)
+    except ValueError as error:
+        if "`strides > 1` not supported" not in str(error):
+            raise
+        raise ValueError(f"{error} {_lines(item, settings, cls.rank)}") from None
+    arrays = list(item.arrays().values()) if arrays is None else arrays
+    return layer, {"params": _params(layer, arrays, node.get("build_config"))}
 
 
-def _is_depthwise(node: Mapping[str, Any]) -> bool:
-    return node["class_name"] == "DepthwiseConv2D" and is_of_keras(node)
+# Convolutions whose groups are their channels.
 
 
-def _walk(node: Mapping[str, Any], names: tuple[str, ...], path: str) -> Iterator[_Entry]:
-    """Yields the depthwise layers of a serialized object, which a store keeps under `path`."""
-    if _is_depthwise(node):
-        yield _Entry(names, node, path)
-        return
-    config = node.get("config")
-    if isinstance(config, list):  # a Sequential before Keras 2.2.3
-        config = {"layers": config}
-    for key, value in config.items() if isinstance(config, Mapping) else ():
-        children: list[tuple[str, Any]] = [(key, value)]
-        if isinstance(value, list):
-            used: dict[str, int] = {}
-            children = [(f"{key}/{_numbered(v, used)}", v) for v in value if _is_object(v)]
-        for child, v in children:
-            if _is_object(v):
-                inner = v["config"] if isinstance(v.get("config"), Mapping) else {}
-                name = inner.get("name") or v.get("name") or child.rpartition("/")[2]
-                yield from _walk(v, (*names, str(name)), f"{path}/{child}")
+def _is_grouped(config: Mapping[str, Any]) -> bool:
+    groups, filters = config.get("groups"), config.get("filters")
+    return (
+        isinstance(groups, int) and isinstance(filters, int) and groups > 1 and not filters % groups
+    )
 
 
-def _is_object(value: Any) -> bool:
-    return isinstance(value, Mapping) and isinstance(value.get("class_name"), str)
+def _as_depthwise(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings of a grouped convolution as those of a depthwise layer.
+
+    Group g reads channel g, and its results follow those of group g - 1. That is the order of a
+    depthwise convolution: filter `m` of channel `c` is at `c*M + m`.
+    """
+    settings = {re.sub("^kernel_(i|r|c)", r"depthwise_\1", key): v for key, v in config.items()}
+    filters, groups = settings.pop("filters"), settings.pop("groups")
+    for key in ("lora_rank", "lora_alpha"):  # merged into the stored kernel
+        settings.pop(key, None)
+    return settings | {"depth_multiplier": filters // groups}
 
 
-def _numbered(node: Mapping[str, Any], used: dict[str, int]) -> str:
-    """Returns what Keras calls a layer in a list: its class in snake case, and a number."""
-    name = re.sub(r"\W+", "", node["class_name"])
-    name = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)
-    name = re.sub("([a-z])([A-Z])", r"\1_\2", name).lower()
-    used[name] = used.get(name, -1) + 1
-    return f"{name}_{used[name]}" if used[name] else name
+def _split_channels(arrays: Sequence[np.ndarray], settings: Mapping[str, Any]) -> list[np.ndarray]:
+    """Returns weights whose kernel (*window, 1, c*m) became (*window, c, m)."""
+    kernel, *bias = arrays
+    m = settings["depth_multiplier"]
+    return [kernel.reshape(*kernel.shape[:-2], kernel.shape[-1] // m, m), *bias]
 
 
-# Weights.
+# What messages say.
+
+
+def _lines(item: _keras_weights.Found, settings: Mapping[str, Any], rank: int) -> str:
+    """Returns the lines that compute the convolution of a layer with strides and dilation."""
+    kernel = f"arrays[{next(iter(item.variables or {}), 'kernel')!r}]"
+    if item.entry.class_name in _GROUPED:
+        kernel += f".reshape(*{tuple(settings['kernel_size'])}, -1, {settings['depth_multiplier']})"
+    names = ("strides", "padding", "dilation_rate", "data_format")
+    given = {name: settings[name] for name in names if settings.get(name) is not None}
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    arguments = ", ".join([f"{name}={value!r}" for name, value in given.items()])
+    return (
+        "Without what follows the convolution, that is:\n"
+        f"    _, config, arrays = keras_io.weights(path)[{item.entry.name!r}]\n"
+        f"    y = depthwise_conv{rank}d(x, {kernel}, {arguments})"
+    )
+
+
+def _offers(found: Sequence[_keras_weights.Found], customs: _config.Customs) -> str:
+    """Returns sentences on the custom classes that look depthwise; nothing if there are none."""
+    offers = {}
+    for entry in (item.entry for item in found if not is_of_keras(item.entry.node)):
+        words = _config.words_of(entry.node, ())
+        if {"kernel_size", "depth_multiplier"} <= set(entry.config) and not customs.named(words):
+            kind = "Separable" if "pointwise_initializer" in entry.config else "Depthwise"
+            size = entry.config["kernel_size"]
+            cls = f"{kind}Conv{len(size) if isinstance(size, list) else 2}D"
+            offers.setdefault(
+                words[-1],
+                f" layer {entry.name!r} is of the custom class {words[-1]!r}: "
+                f"`custom_objects={{{words[-1]!r}: flax_dwconv.{cls}}}` reads it as that layer, "
+                "None there passes it over.",
+            )
+    return "".join(offers.values())
 
 
 def _params(
     layer: _layer.Settings, weights: Sequence[Any], build_config: Any = None
 ) -> dict[str, Any]:
-    """Returns kernel and bias, arrays or datasets, as parameters, once their shapes are checked."""
+    """Returns arrays in Keras's order as parameters, once their shapes are checked."""
     axes = layer.rank + 2
     c = weights[0].shape[-2] if weights and len(weights[0].shape) == axes else 1
     shape = build_config.get("input_shape") if isinstance(build_config, Mapping) else None
@@ -401,108 +479,12 @@ def _params(
         if tuple(weight.shape) != shape:
             raise ValueError(f"`{name}` must have shape {shape}, got {tuple(weight.shape)}.")
         value = np.asarray(weight)
-        if value.dtype == "V2":  # how HDF5 keeps it
-            value = value.view(jnp.bfloat16)
         if not jnp.issubdtype(value.dtype, jnp.floating):
             raise ValueError(f"`{name}` must be of a floating dtype, got {value.dtype}.")
         result[name] = jnp.asarray(value.astype(layer.param_dtype))
     return result
 
 
-def _weights(root: Any, entry: _Entry) -> list[Any] | None:
-    """Returns the weights at the path of a layer, in a file of `Model.save_weights` of Keras 3.
-
-    A custom wrapper may keep the layer under another name than in its config; newer versions of
-    Keras write the layer's name beside its weights. A layer that several models share is kept where
-    Keras first met it: None at the others.
-    """
-    path = entry.path.lstrip("/")
-    if "_layer_checkpoint_dependencies" in root.keys():  # tf.keras 2.12
-        path = re.sub(r"\blayers\b", "_layer_checkpoint_dependencies", path)
-    try:
-        group = _child(root, f"{path}/vars")
-    except LookupError:
-        found: list[Any] = []
-        parent, own = path.rpartition("/")[0], entry.names[-1]
-        if not parent.endswith("layers"):  # of a model, which has a fixed name for each of its own
-            _child(root, parent).visititems(
-                lambda at, group: found.append(at) if _is_vars_of(group, at, own) else None
-            )
-        if len(found) == 1:
-            return _values(_child(root, f"{parent}/{found[0]}"))
-        return None
-    return _values(group)
-
-
-def _values(group: Any) -> list[Any]:
-    return [_dataset(group, name) for name in sorted(group.keys())]
-
-
-def _is_vars_of(group: Any, path: str, name: str) -> bool:
-    is_vars = path.rpartition("/")[2] == "vars" and len(group)
-    return bool(is_vars) and _text(group.attrs.get("name", "")) == name
-
-
-def _legacy_weights(group: Any, entry: _Entry) -> list[Any]:
-    """Returns the weights of a layer in "model_weights", where every top-level layer has a group.
-
-    The names of the weights of a nested layer end with the names that lead to it, or some of them.
-    """
-    group = _child(group, entry.names[0])
-    layers: dict[tuple[str, ...], list[str]] = {}
-    for name in _strings(group.attrs, "weight_names"):
-        layers.setdefault(tuple(name.split("/")[:-1]), []).append(name)
-    found = list(layers)
-    if len(found) > 1:
-        found = [n for n in layers if n and n == entry.names[len(entry.names) - len(n) :]]
-        found = sorted(found, key=len)[-1:]
-        found = found or [n for n in layers if n[-1:] == entry.names[-1:]]
-    if len(found) != 1:
-        raise ValueError(f"its weights must be in the file once, got {len(found)} candidates.")
-    return [_dataset(group, name) for name in layers[found[0]]]
-
-
-def _dataset(group: Any, path: str) -> Any:
-    """Returns a dataset whose data is in this file, and not much larger than what is stored."""
-    dataset = _child(group, path)
-    if getattr(dataset, "shape", None) is None or dataset.external or dataset.is_virtual:
-        raise ValueError(f"{path!r} must be an array in the file itself.")
-    if dataset.nbytes > max(_SMALL, 1000 * dataset.id.get_storage_size()):
-        raise ValueError(f"{path!r} is {dataset.nbytes} bytes of almost nothing.")
-    return dataset
-
-
-def _child(group: Any, path: str) -> Any:
-    """Returns what is at a path, never following a link, which could lead out of the file."""
-    for part in path.split("/"):
-        if not part or not hasattr(group, "keys") or part not in list(group.keys()):
-            raise LookupError(f"the file has no {path!r}.")
-        if group.id.links.get_info(part.encode()).type != _require("h5py").h5l.TYPE_HARD:
-            raise ValueError(f"{path!r} is a link, which Keras does not write.")
-        group = group[part]
-    return group
-
-
-def _text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
-
-
-def _strings(attributes: Mapping[str, Any], name: str) -> list[str]:
-    """Returns a list of strings; a long one is cut into attributes with numbered names."""
-    numbered = (f"{name}{i}" for i in itertools.count())
-    keys = [name] if name in attributes else itertools.takewhile(attributes.__contains__, numbered)
-    return [_text(value) for key in keys for value in np.ravel(attributes[key])]
-
-
 def _keys(value: Any) -> Any:
     """What an error says about a tree: its keys, not its arrays."""
     return {k: _keys(v) for k, v in value.items()} if isinstance(value, Mapping) else ...
-
-
-def _require(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f"`keras_io` needs {module}: pip install 'flax_dwconv[keras]'."
-        ) from error

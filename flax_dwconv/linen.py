@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 from flax.core import meta
 
-from flax_dwconv import _geometry, _layer, _sow
+from flax_dwconv import _config, _geometry, _layer, _sow
 
 
 class _Module(nn.Module):
@@ -19,14 +19,19 @@ class _Module(nn.Module):
         return _run(self, x)
 
     @classmethod
-    def from_config(cls: Any, config: Mapping[str, Any]) -> Self:
+    def from_config(
+        cls: Any, config: Mapping[str, Any], *, custom_objects: Mapping[str, Any] | None = None
+    ) -> Self:
         """Returns the layer that a config stands for: of `get_config`, or of Keras 2 or 3.
 
         Args:
           config: the settings, or a dict with "class_name" and "config".
+          custom_objects: {name: object or None}, what names stand for that are not Keras's. An
+            initializer, regularizer or constraint that is neither is None, and a warning says so.
 
         Raises:
-          ValueError: for an unknown key or a value that has no meaning.
+          ValueError: for an unknown key, a value that has no meaning, or an activation that is
+            neither Keras's nor in `custom_objects`.
           TypeError: for a value of a wrong type.
 
         Example:
@@ -35,7 +40,10 @@ class _Module(nn.Module):
           >>> flax_dwconv.DepthwiseConv2D.from_config(layer.get_config()) == layer
           True
         """
-        return cls(**cls._settings_from_config(config))
+        customs = _config.Customs(custom_objects)
+        layer = cls(**cls._settings_from_config(config, customs))
+        customs.warn()
+        return layer
 
 
 def _run(layer: Any, x: jax.Array, **streaming: Any) -> jax.Array:

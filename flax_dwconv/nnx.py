@@ -11,7 +11,7 @@ from flax.core import meta
 from flax.typing import Dtype
 from jax.typing import ArrayLike
 
-from flax_dwconv import _geometry, _layer
+from flax_dwconv import _config, _geometry, _layer
 from flax_dwconv._vocabulary import Identifier
 
 
@@ -146,17 +146,25 @@ class _Module(nnx.Module):
 
     @classmethod
     def from_config(
-        cls: Any, config: Mapping[str, Any], *, in_features: int, rngs: nnx.Rngs
+        cls: Any,
+        config: Mapping[str, Any],
+        *,
+        in_features: int,
+        custom_objects: Mapping[str, Any] | None = None,
+        rngs: nnx.Rngs,
     ) -> Self:
         """Returns the layer that a config stands for: of `get_config`, or of Keras 2 or 3.
 
         Args:
           config: the settings, or a dict with "class_name" and "config". A name is dropped.
           in_features: the number of input channels.
+          custom_objects: {name: object or None}, what names stand for that are not Keras's. An
+            initializer, regularizer or constraint that is neither is None, and a warning says so.
           rngs: initializes the parameters.
 
         Raises:
-          ValueError: for an unknown key or a value that has no meaning.
+          ValueError: for an unknown key, a value that has no meaning, or an activation that is
+            neither Keras's nor in `custom_objects`.
           TypeError: for a value of a wrong type.
 
         Example:
@@ -168,9 +176,12 @@ class _Module(nnx.Module):
           >>> twin.get_config() == layer.get_config()
           True
         """
-        settings = cls._settings_from_config(config)
+        customs = _config.Customs(custom_objects)
+        settings = cls._settings_from_config(config, customs)
         settings.pop("name", None)
-        return cls(in_features, **settings, rngs=rngs)
+        layer = cls(in_features, **settings, rngs=rngs)
+        customs.warn()
+        return layer
 
 
 class _Depthwise(_Module, _layer.Depthwise):

@@ -886,7 +886,8 @@ ERRORS = [
     (
         lambda: config(activation="abc"),
         ValueError,
-        "Could not interpret `activation` identifier: got 'abc'.",
+        "Could not interpret `activation` identifier: got 'abc'. "
+        "`custom_objects={'abc': ...}` says what it stands for.",
     ),
     (
         lambda: config(depthwise_initializer={"class_name": "Glorot", "config": {}}),
@@ -1041,6 +1042,7 @@ def test_junk_in_the_constructor(argument, junk):
         assert made == made.clone()
 
 
+@pytest.mark.filterwarnings("ignore:Read as None:UserWarning")
 @pytest.mark.parametrize("argument", [*LAYER_ARGUMENTS, "name", "class_name", "config", "other"])
 @fuzz
 @given(junk=JUNK)

@@ -220,7 +220,9 @@ def a_model(keras):
     half = keras.Sequential([depthwise("half", dtype="mixed_bfloat16")], name="deep")(inner)
     low = depthwise("low", dtype="bfloat16")(layers.BatchNormalization()(half))
     x = keras.Model(inner, low, name="c")(x)
-    x = layers.SeparableConv2D(3, 3, padding="same")(x)
+    x = layers.SeparableConv2D(3, 3, padding="same", name="separable")(x)
+    x = layers.Conv2D(6, 3, groups=3, padding="same", name="grouped")(x)
+    x = layers.Conv2D(3, 1)(x)
     frozen, second = depthwise("z", trainable=False), depthwise("y", activation="relu")
     x = second(frozen(x)) + frozen(second(x))
     x = layers.Lambda(lambda t: t[:, None], output_shape=(1, 8, 8, 3))(x)
@@ -239,6 +241,8 @@ def a_model(keras):
         "c/low": get("c").get_layer("low"),
         "z": frozen,
         "y": second,
+        "separable": get("separable"),
+        "grouped": get("grouped"),
         "wrapper/inside": get("wrapper").layer,
     }
 
@@ -420,7 +424,8 @@ def test_a_custom_object_with_the_name_of_a_keras_one(tmp_path):
     custom = depthwise("own") | {"module": None, "registered_name": "pkg>DepthwiseConv2D"}
     weights = GOOD | {name.replace("2d/", "2d_1/"): array for name, array in GOOD.items()}
     path = write_keras(tmp_path / "m.keras", model_of(custom, depthwise()), weights)
-    assert list(keras_io.load(path)) == ["dw"]
+    with pytest.warns(UserWarning, match="'own' is of the custom class 'DepthwiseConv2D'"):
+        assert list(keras_io.load(path)) == ["dw"]
     with pytest.raises(ValueError, match="`config` must be of Keras's DepthwiseConv2D"):
         keras_io.from_config(custom)
     penalty = {"module": None, "class_name": "L2", "config": {}, "registered_name": "pkg>L2"}
@@ -628,12 +633,12 @@ def test_bad_paths(tmp_path):
         keras_io.load(3)
 
 
-@pytest.mark.parametrize("module", ["h5py", "keras"])
-def test_a_missing_package_is_named(tmp_path, monkeypatch, module):
+@pytest.mark.parametrize(("module", "extra"), [("h5py", "h5"), ("keras", "keras")])
+def test_a_missing_package_is_named(tmp_path, monkeypatch, module, extra):
     path = write_keras(tmp_path / "m.keras", model_of(depthwise(activation="relu")), GOOD)
     layer, variables = keras_io.load(path)["dw"]
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=rf"{module}: pip install 'flax_dwconv\[keras\]'"):
+    with pytest.raises(ImportError, match=rf"{module}: pip install 'flax_dwconv\[{extra}\]'"):
         if module == "h5py":
             keras_io.load(path)
         else:

@@ -625,11 +625,12 @@ initializers.VarianceScaling(scale=1.0, mode='fan_in', distribution='truncated_n
 initializers.Zeros()
 initializers.get(identifier)
 initializers.serialize(obj)
-keras_io.from_config(config)
-keras_io.from_keras(keras_layer)
-keras_io.load(path, *, config=None)
+keras_io.from_config(config, *, custom_objects=None)
+keras_io.from_keras(keras_layer, *, custom_objects=None)
+keras_io.load(path, *, config=None, custom_objects=None)
 keras_io.to_config(layer)
 keras_io.to_keras(layer, variables)
+keras_io.weights(path, *, config=None)
 linen.DepthwiseConv1D(kernel_size, strides=1, padding='valid', depth_multiplier=1,
     data_format=None, dilation_rate=1, activation=None, use_bias=True,
     depthwise_initializer='glorot_uniform', bias_initializer='zeros',
