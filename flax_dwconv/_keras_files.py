@@ -17,13 +17,14 @@ import importlib
 import io
 import itertools
 import json
+import math
 import os
 import pickle
 import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -47,7 +48,8 @@ BAD_FILE = (
     zlib.error,
 )
 _SMALL = 1 << 26  # bytes that are read without asking how they were compressed
-_CHUNK = 1 << 20  # bytes of which a checksum is computed at once
+_CHUNK = 1 << 22  # bytes of which a checksum is computed at once
+_BLOCK = 1 << 16  # bytes that are read at once of what is not an array
 
 Read = Callable[[], np.ndarray]
 
@@ -81,7 +83,7 @@ class Store:
 
 
 @contextlib.contextmanager
-def opened(path: str) -> Iterator[Store]:
+def opened(path: str) -> Generator[Store]:
     """Opens what is at a path. Arrays can be read until it is closed.
 
     Raises:
@@ -96,14 +98,15 @@ def opened(path: str) -> Iterator[Store]:
                 raise FileNotFoundError(errno.ENOENT, "no model of Keras is in the directory", path)
             _parts(store, _Folder(path), stack)
         else:
-            file: Any = stack.enter_context(open(path, "rb", buffering=0))
+            file = _whole(path)
+            stack.enter_context(contextlib.closing(file))
             start = file.read(2)
             file.seek(0)
             if start == b"PK":
-                names = _Archive(path, stack.enter_context(zipfile.ZipFile(file)), stack)
-                _parts(store, names, stack)
+                archive = stack.enter_context(zipfile.ZipFile(io.BufferedReader(file)))
+                _parts(store, _Archive(path, archive, stack), stack)
             elif path.endswith(".json"):
-                _shards(store, file.read(), _Folder(os.path.dirname(path)), stack)
+                _shards(store, file.readall(), _Folder(os.path.dirname(path)), stack)
             else:
                 _hdf5(store, file, stack)
         yield store
@@ -137,12 +140,12 @@ class _Folder:
     def names(self) -> list[str]:
         return os.listdir(self.path or ".")
 
-    def open(self, name: str) -> Any:
-        return open(os.path.join(self.path, name), "rb", buffering=0)
+    def open(self, name: str) -> "_Section":
+        return _whole(os.path.join(self.path, name))
 
     def read(self, name: str) -> bytes:
-        with self.open(name) as file:
-            return file.read()
+        with contextlib.closing(self.open(name)) as file:
+            return file.readall()
 
 
 class _Archive:
@@ -164,7 +167,7 @@ class _Archive:
             raise ValueError(f"{name!r} is {info.file_size} bytes packed in {info.compress_size}.")
         return self.archive.read(info)
 
-    def open(self, name: str) -> Any:
+    def open(self, name: str) -> "_Section":
         """Returns an entry as a file.
 
         Keras does not compress. Such an entry is read where it lies, and a thread computes its
@@ -172,8 +175,10 @@ class _Archive:
         """
         info = self.archive.getinfo(name)
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:  # bit 0: encrypted
-            return io.BytesIO(self.read(name))
-        file = self.stack.enter_context(open(self.path, "rb", buffering=0))
+            data = self.read(name)
+            return _Section(io.BytesIO(data), 0, len(data))
+        file = open(self.path, "rb", buffering=0)
+        self.stack.enter_context(file)
         file.seek(info.header_offset)
         header = file.read(30)
         if header[:4] != b"PK\x03\x04":
@@ -196,7 +201,7 @@ def _checksum(path: str, start: int, size: int) -> int:
     with open(path, "rb", buffering=0) as file:
         file.seek(start)
         while size:
-            n = file.readinto(buffer[: min(size, _CHUNK)])
+            n = file.readinto(buffer[:size])
             if not n:
                 break
             result = zlib.crc32(buffer[:n], result)
@@ -208,7 +213,7 @@ class _Section(io.RawIOBase):
     """A part of a file, as a file."""
 
     def __init__(self, file: Any, start: int, size: int) -> None:
-        self.file, self.start, self.size, self.at = file, start, size, 0
+        self.file, self.start, self.size, self.position = file, start, size, 0
 
     def readable(self) -> bool:
         return True
@@ -217,69 +222,78 @@ class _Section(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        return self.at
+        return self.position
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        self.at = offset + (0, self.at, self.size)[whence]
-        return self.at
+        self.position = offset + (0, self.position, self.size)[whence]
+        return self.position
 
     def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        view = view[: max(0, min(len(view), self.size - self.at))]
-        self.file.seek(self.start + self.at)
-        n = self.file.readinto(view)
-        self.at += n
+        n = self.read_at(self.position, buffer)
+        self.position += n
         return n
+
+    def read_at(self, offset: int, buffer: Any) -> int:
+        """Fills a buffer from an offset on, as far as the section goes, and moves nothing."""
+        view = memoryview(buffer).cast("B")[: max(0, self.size - offset)]
+        self.file.seek(self.start + offset)
+        return self.file.readinto(view)
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
+def _whole(path: str) -> _Section:
+    file = open(path, "rb", buffering=0)
+    return _Section(file, 0, os.fstat(file.fileno()).st_size)
 
 
 # HDF5.
 
 
-def _hdf5(store: Store, file: Any, stack: contextlib.ExitStack) -> None:
+def _hdf5(store: Store, file: _Section, stack: contextlib.ExitStack) -> None:
     h5py = require("h5py", "h5")
     stack.enter_context(contextlib.closing(file))
-    root = stack.enter_context(h5py.File(file, "r"))
+    # Without the buffer, h5py makes two system calls for each of its many small reads.
+    root = stack.enter_context(h5py.File(io.BufferedReader(file, _BLOCK), "r"))
     attributes = root.attrs
     if "model_config" in attributes:
         store.config = _text(attributes["model_config"])
     if "keras_version" in attributes:
         store.version = _text(attributes["keras_version"])
-    # Every link of the file in one pass in C: opening each group costs more than all the arrays.
-    hard: set[str] = set()
-    other: set[str] = set()
-
-    def visit(name: bytes, info: Any) -> None:
-        (hard if info.type == h5py.h5l.TYPE_HARD else other).add(name.decode())
-
-    root.id.links.visit(visit, info=True)
+    # All links of the file in one pass: to open each group costs more than to read the arrays.
+    links: dict[str, bool] = {}  # whether it is a hard link; others could lead out of the file
+    root.id.links.visit(
+        lambda name, info: links.update({name.decode(): info.type == h5py.h5l.TYPE_HARD}),
+        info=True,
+    )
 
     def reader(name: str) -> Read:
-        return lambda: _dataset(h5py, root, name, hard, other)
+        return lambda: _dataset(h5py, file, root, name, links)
 
-    top = "model_weights" if "model_weights" in hard else ""
+    def listed(group: str) -> dict[str, Read]:
+        if not links.get(group):
+            raise LookupError(f"the file has no {group!r}.")
+        names = _strings(root[group].attrs, "weight_names")
+        return {name: reader(_joined(group, name)) for name in names}
+
+    top = "model_weights" if links.get("model_weights") else ""
     names = _strings(root[top or "/"].attrs, "layer_names")
     if top or names:
-        store.layers = {}
-        for layer in dict.fromkeys(names):
-            at = _joined(top, layer)
-            if at not in hard:
-                raise LookupError(f"the file has no {layer!r}.")
-            weights = _strings(root[at].attrs, "weight_names")
-            store.layers[layer] = {name: reader(_joined(at, name)) for name in weights}
-        at = _joined(top, "top_level_model_weights")
-        if at in hard:  # the model's own
-            weights = _strings(root[at].attrs, "weight_names")
-            store.layers[""] = {name: reader(_joined(at, name)) for name in weights}
+        own = _joined(top, "top_level_model_weights")
+        store.layers = {layer: listed(_joined(top, layer)) for layer in dict.fromkeys(names)}
+        store.layers[""] = listed(own) if own in links else {}
         return
     found: dict[str, dict[str, Read]] = {}
-    for name in sorted(hard | other):
+    for name in sorted(links):
         parent, _, key = name.rpartition("/")
         path, _, last = parent.rpartition("/")
         if last == "vars":
             found.setdefault(path, {})[key] = reader(name)
     for path, arrays in found.items():
-        at = _joined(path, "vars")
-        _add(store, path, lambda at=at: _text(root[at].attrs.get("name", "")), arrays)
+        group = _joined(path, "vars")
+        _add(store, path, lambda group=group: _text(root[group].attrs.get("name", "")), arrays)
 
 
 def _add(store: Store, path: str, name: Callable[[], str], arrays: dict[str, Read]) -> None:
@@ -299,27 +313,46 @@ def _joined(*paths: str) -> str:
     return "/".join(part for path in paths for part in path.split("/") if part not in ("", "."))
 
 
-def _dataset(h5py: Any, root: Any, path: str, hard: set[str], other: set[str]) -> np.ndarray:
+def _dataset(
+    h5py: Any, file: _Section, root: Any, path: str, links: Mapping[str, bool]
+) -> np.ndarray:
     """Reads a dataset whose data is in this file, and not much larger than what is stored."""
-    prefixes = list(itertools.accumulate(path.split("/"), lambda a, b: f"{a}/{b}"))
-    if any(prefix in other for prefix in prefixes):
-        raise ValueError(f"{path!r} is a link, which Keras does not write.")
-    if path not in hard:
-        raise LookupError(f"the file has no {path!r}.")
-    dataset = root[path]
-    if getattr(dataset, "shape", None) is None or dataset.external or dataset.is_virtual:
+    for prefix in itertools.accumulate(path.split("/"), lambda a, b: f"{a}/{b}"):
+        if prefix not in links:
+            raise LookupError(f"the file has no {path!r}.")
+        if not links[prefix]:
+            raise ValueError(f"{path!r} is a link, which Keras does not write.")
+    dataset = h5py.h5o.open(root.id, path.encode())
+    settings = dataset.get_create_plist() if isinstance(dataset, h5py.h5d.DatasetID) else None
+    layouts = (h5py.h5d.CONTIGUOUS, h5py.h5d.CHUNKED, h5py.h5d.COMPACT)
+    if (
+        settings is None
+        or settings.get_layout() not in layouts
+        or settings.get_external_count()
+        or dataset.get_space().get_simple_extent_type() == h5py.h5s.NULL
+    ):
         raise ValueError(f"{path!r} must be an array in the file itself.")
-    if dataset.nbytes > max(_SMALL, 1000 * dataset.id.get_storage_size()):
-        raise ValueError(f"{path!r} is {dataset.nbytes} bytes of almost nothing.")
-    dtype = dataset.dtype
-    if dtype.kind == "V" and dtype.names is None and dtype.itemsize <= 2:
-        # So h5py keeps dtypes that HDF5 does not know. Keras writes the name beside.
-        dtype = jnp.dtype(_text(dataset.attrs.get("dtype", "bfloat16")))
-        if dtype.itemsize != dataset.dtype.itemsize:
-            raise ValueError(f"{path!r} must be of the dtype {dtype}, got {dataset.dtype}.")
-    elif dtype.kind not in "biufc":
+    shape, dtype = dataset.shape, dataset.dtype
+    size = math.prod(shape) * dtype.itemsize
+    if size > max(_SMALL, 1000 * dataset.get_storage_size()):
+        raise ValueError(f"{path!r} is {size} bytes of almost nothing.")
+    if dtype.kind not in "biufcV" or dtype.names or dtype.subdtype or dtype.hasobject:
         raise ValueError(f"{path!r} must be an array of numbers, got {dtype}.")
-    return np.asarray(dataset[()]).view(dtype)
+    result = np.empty(shape, dtype)
+    offset = dataset.get_offset()  # of contiguous data that was written
+    if offset is not None and size and not root.userblock_size:
+        if file.read_at(offset, result.reshape(-1).view(np.uint8)) != size:
+            raise EOFError(f"{path!r} ends after the file does.")
+    else:
+        dataset.read(h5py.h5s.ALL, h5py.h5s.ALL, result)
+    if dtype.kind == "V":
+        # So h5py has dtypes that HDF5 does not know. Keras writes the name beside.
+        attributes = h5py.Dataset(dataset).attrs
+        known = jnp.dtype(_text(attributes.get("dtype", "bfloat16")))
+        if known.itemsize != dtype.itemsize:
+            raise ValueError(f"{path!r} must be of the dtype {known}, got {dtype}.")
+        return result.view(known)
+    return result.astype(dtype.newbyteorder("="), copy=False)
 
 
 def _text(value: Any) -> str:
@@ -349,16 +382,16 @@ def _shards(
             raise ValueError(f"the shard {name!r} is missing.")
         _hdf5(store, files.open(name), stack)
     for path in weight_map:
-        if path.strip("/").removesuffix("/vars") not in {*store.groups, "vars"}:
+        if f"/{path}".replace("//", "/").removesuffix("/vars").lstrip("/") not in store.groups:
             raise ValueError(f"the shards have no {path!r}.")
 
 
 # NumPy's archives. Keras pickles into them, for each object, a dict of its own variables.
 
 
-def _npz(store: Store, file: Any, stack: contextlib.ExitStack) -> None:
+def _npz(store: Store, file: _Section, stack: contextlib.ExitStack) -> None:
     stack.enter_context(contextlib.closing(file))
-    archive = stack.enter_context(zipfile.ZipFile(file))
+    archive = stack.enter_context(zipfile.ZipFile(io.BufferedReader(file)))
     for name in archive.namelist():
         path = name.removesuffix(".npy")
         info = archive.getinfo(name)
@@ -398,7 +431,8 @@ class _Inert:
             word = word.__name__
         if word == "O8":
             return data[0]
-        dtype = jnp.dtype(word).newbyteorder((dtype.state or "==")[1].replace("|", "="))
+        swapped = dtype.state and dtype.state[1] == ">"
+        dtype = jnp.dtype(word).newbyteorder(">" if swapped else "<")
         data = data.encode("latin1") if isinstance(data, str) else data
         order = "F" if fortran else "C"
         return np.frombuffer(data, dtype).reshape(shape, order=order).copy()

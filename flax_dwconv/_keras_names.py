@@ -9,7 +9,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from flax_dwconv._vocabulary import is_of_keras
 
@@ -105,19 +105,20 @@ def _objects(value: Any, path: str) -> Iterator[tuple[Mapping[str, Any], str]]:
         yield value, path
         return
     if isinstance(value, Mapping):
-        value = value["items"] if value.get("class_name") == "__tuple__" else list(value.values())
+        is_tuple = value.get("class_name") == "__tuple__"
+        value = value.get("items") if is_tuple else list(value.values())
     if not isinstance(value, list):
         return
     used: dict[str, int] = {}
     for v in value:
         if isinstance(v, Mapping | list):
-            name = snake_case(v["class_name"]) if _is_object(v) else "container"
+            name = _snake_case(v["class_name"]) if _is_object(v) else "container"
             used[name] = used.get(name, -1) + 1
             number = f"_{used[name]}" if used[name] else ""
             yield from _objects(v, f"{path}/{name}{number}")
 
 
-def _is_object(value: Any) -> bool:
+def _is_object(value: Any) -> TypeGuard[Mapping[str, Any]]:
     return (
         isinstance(value, Mapping)
         and isinstance(value.get("class_name"), str)
@@ -125,8 +126,10 @@ def _is_object(value: Any) -> bool:
     )
 
 
-def snake_case(name: str) -> str:
-    """Returns what Keras makes of the name of a class for a path: "conv2d" of "Conv2D"."""
+def _snake_case(class_name: str) -> str:
+    """Returns what Keras makes of a class for a path: "conv2d" of "Conv2D"."""
+    # The one layer with weights whose class is not called as its users call it.
+    name = {"GroupQueryAttention": "GroupedQueryAttention"}.get(class_name, class_name)
     name = re.sub(r"\W+", "", name)
     name = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)
     return re.sub("([a-z])([A-Z])", r"\1_\2", name).lower()
@@ -138,11 +141,10 @@ def _directions(config: Mapping[str, Any]) -> dict[str, Any]:
     The backward layer is in it only if the user gave one. Keras 2 keeps the name that the layer had
     before it was wrapped.
     """
-    layer = config.get("layer")
+    layer: Any = config.get("layer")
     if not _is_object(layer) or not isinstance(layer.get("config"), Mapping):
         return dict(config)
-    given = str(layer["config"].get("name"))
-    base = given.removeprefix("forward_")
+    base = str(layer["config"].get("name")).removeprefix("forward_")
 
     def named(name: str) -> dict[str, Any]:
         return {**layer, "config": {**layer["config"], "name": name}}

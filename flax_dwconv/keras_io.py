@@ -10,7 +10,7 @@ import re
 import typing
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -337,7 +337,7 @@ def weights(
 @contextlib.contextmanager
 def _opened(
     path: str | os.PathLike[str], config: Any, kind: str
-) -> Iterator[tuple[list[_keras_weights.Found], str | None]]:
+) -> Generator[tuple[list[_keras_weights.Found], str | None]]:
     """Yields what a file holds, and the version of the Keras that wrote it, if known.
 
     What is wrong with the file, also while it is read, becomes a ValueError with its path.
@@ -358,7 +358,7 @@ def _opened(
 
 
 @contextlib.contextmanager
-def _named(item: _keras_weights.Found) -> Iterator[None]:
+def _named(item: _keras_weights.Found) -> Generator[None]:
     """Says in an error which layer it is about."""
     try:
         yield
@@ -370,23 +370,22 @@ def _layer_of(
     item: _keras_weights.Found, version: str | None, customs: _config.Customs
 ) -> tuple[Layer, dict[str, Any]] | None:
     """Returns what was found as a layer of ours, with its variables; None if it is none."""
-    node, arrays = item.entry.node, None
+    node, settings, arrays = item.entry.node, item.entry.config, None
     cls = _class(node, customs)
     if cls is None:
         if node["class_name"] not in _GROUPED or not is_of_keras(node):
             return None
-        if not _is_grouped(item.entry.config):
+        if not _is_grouped(settings):
             return None
         arrays = list(item.arrays().values())
         if arrays[0].shape[-2:-1] != (1,):  # a group has several channels
             return None
         cls = _GROUPED[node["class_name"]]
-        settings = _as_depthwise(item.entry.config)
+        settings = _as_depthwise(settings)
         arrays = _split_channels(arrays, settings)
         node = {**node, "class_name": cls.__name__, "config": settings}
     try:
-        settings = cls._settings_from_config(_config.with_version(node, version), customs)
-        layer = cls(**settings)
+        layer = cls(**cls._settings_from_config(_config.with_version(node, version), customs))
     except ValueError as error:
         if "`strides > 1` not supported" not in str(error):
             raise

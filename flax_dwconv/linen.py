@@ -1,8 +1,10 @@
 """The layers for `flax.linen`."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self, overload
 
+import flax.errors
 import flax.linen as nn
 import jax
 from flax.core import meta
@@ -10,8 +12,32 @@ from flax.core import meta
 from flax_dwconv import _config, _geometry, _layer, _sow
 
 
+def _explained(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds to Flax's error about a layer that belongs to no model the lines that call it."""
+
+    @functools.wraps(call)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return call(self, *args, **kwargs)
+        except flax.errors.CallCompactUnboundModuleError as error:
+            if self.scope is None:
+                error.args = (
+                    f"{error} Inside a model, `layer.copy(name={self.name!r})(x)` makes the layer "
+                    "a part of it and calls it (`clone` does not); outside, "
+                    "`layer.apply(variables, x)`.",
+                )
+            raise
+
+    return wrapper
+
+
 class _Module(nn.Module):
     """What all layers here inherit, together with a class of `_layer`."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__call__" in vars(cls):
+            cls.__call__ = _explained(cls.__call__)
 
     @nn.compact
     def __call__(self: Any, x: jax.Array) -> jax.Array:
@@ -44,6 +70,10 @@ class _Module(nn.Module):
         layer = cls(**cls._settings_from_config(config, customs))
         customs.warn()
         return layer
+
+
+# When a class is complete, for the error is raised by what Flax then wraps around its methods.
+_Module.__call__ = _explained(_Module.__call__)
 
 
 def _run(layer: Any, x: jax.Array, **streaming: Any) -> jax.Array:
