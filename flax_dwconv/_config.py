@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_dwconv import activations, constraints, initializers, regularizers
-from flax_dwconv._vocabulary import Vocabulary, is_of_keras, nearest
+from flax_dwconv._vocabulary import Vocabulary, is_of_keras
 
 _VOCABULARIES = {
     "activation": activations.VOCABULARY,
@@ -206,7 +206,7 @@ class Customs:
                 line = f"`custom_objects={{{words[-1]!r}: ...}}` says what it stands for."
                 raise type(error)(f"{error} {line}") from None
         foreign = self._written_by_keras or (isinstance(value, Mapping) and not is_of_keras(value))
-        if not foreign and nearest(words[-1], room.names) != ".":
+        if not foreign and room.hint(words[-1]) != ".":
             return value  # for the error that shows the nearest name
         name = "the layer" if layer is None else repr(layer)
         self._dropped.setdefault(f"`{argument}` {words[-1]!r}", []).append(name)

@@ -374,12 +374,13 @@ def _shards(
     weight_map = index.get("weight_map") if isinstance(index, Mapping) else None
     if not isinstance(weight_map, Mapping):
         raise ValueError("it must have a 'weight_map', as `save_weights(max_shard_size=)` writes.")
-    values = [v for value in weight_map.values() for v in np.ravel(value).tolist()]
-    for name in sorted(set(values)):
+    names = [v for value in weight_map.values() for v in np.ravel(value).tolist()]
+    for name in names:
         if not isinstance(name, str) or os.path.basename(name) != name or "\\" in name:
             raise ValueError(f"a shard must be a file beside the index, got {name!r}.")
         if name not in files.names():
             raise ValueError(f"the shard {name!r} is missing.")
+    for name in sorted(set(names)):
         _hdf5(store, files.open(name), stack)
     for path in weight_map:
         if f"/{path}".replace("//", "/").removesuffix("/vars").lstrip("/") not in store.groups:

@@ -6,9 +6,10 @@ the nested models and layers that lead to them.
 """
 
 import dataclasses
+import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -56,9 +57,12 @@ def find(store: Store, model: Mapping[str, Any]) -> list[Found]:
     """
     entries = list(_keras_names.walk(model))
     stored = _in_paths(store, entries) if store.layers is None else _in_lists(store.layers, entries)
+    kin: dict[str, list[int]] = {}
+    for i in sorted(stored):
+        kin.setdefault(entries[i].class_name, []).append(i)
     result: list[Found] = []
     for i, entry in enumerate(entries):
-        parts = stored.get(i) or _of_twin(i, entries, stored)
+        parts = stored.get(i) or stored.get(_twin(i, entries, kin.get(entry.class_name, [])))
         if parts:
             result.append(_checked(entry, parts))
         elif i or len(entries) == 1:
@@ -75,18 +79,22 @@ def _missing(entry: Entry, store: Store) -> str:
     return "its weights must be in the file once, got 0 candidates."
 
 
-def _of_twin(i: int, entries: list[Entry], stored: Mapping[int, Parts]) -> Parts | None:
-    """Returns the variables of the same object where it was met before, if there is one such."""
-    entry = entries[i]
-    kin = [j for j in stored if j < i and entries[j].class_name == entry.class_name]
-    if not kin or "name" not in entry.config:
-        return None
-    own = _identity(entry)
-    twins = [j for j in kin if _identity(entries[j]) == own]
+def _twin(i: int, entries: list[Entry], kin: list[int]) -> int:
+    """Returns the number of the same object where it was met before; -1 if that is in doubt.
+
+    Args:
+        i: of the object.
+        entries: all objects.
+        kin: those of its class that have variables.
+    """
+    if not kin or "name" not in entries[i].config:
+        return -1
+    own = _identity(entries[i])
+    twins = [j for j in kin if j < i and _identity(entries[j]) == own]
     ids = {j: entries[j].node.get("shared_object_id") for j in (*twins, i)}
     if None not in ids.values():
         twins = [j for j in twins if ids[j] == ids[i]]
-    return stored[twins[0]] if len(twins) == 1 else None
+    return twins[0] if len(twins) == 1 else -1
 
 
 def _identity(entry: Entry) -> Any:
@@ -150,7 +158,8 @@ def _in_lists(layers: Mapping[str, Mapping[str, Read]], entries: list[Entry]) ->
             *prefix, last = _components(name)
             prefixes.setdefault(tuple(prefix), {})[re.sub(r":\d+$", "", last)] = read
         if layer:
-            result |= _assigned(prefixes, entries, members.get(layer, []))
+            for i, parts in _assigned(prefixes, entries, members.get(layer, [0])).items():
+                result[i] = result.get(i, {}) | parts
         elif variables:  # the model's own
             result[0] = {"": {k: v for group in prefixes.values() for k, v in group.items()}}
     return result
@@ -166,52 +175,59 @@ def _assigned(
 ) -> dict[int, Parts]:
     """Returns whose variables those under each prefix are, of the objects in a top-level layer.
 
-    A prefix may be the names that lead to an object, the last few of them, or more (that of the
-    model); it may go on with the name of a part of the object.
+    Args:
+        prefixes: of the names of the layer's variables. One may be the names that lead to an
+            object, the last few of them, or more (that of the model); it may go on with the name of
+            a part of the object.
+        entries: all objects of the config.
+        members: the numbers of the layer and of those in it.
+    """
+    result: dict[int, Parts] = {}
+    done = set()
+    for _, i, length, prefix in sorted(_matches(prefixes, entries, members)):
+        part = "/".join(prefix[length:])
+        if prefix not in done and part not in result.get(i, {}):
+            done.add(prefix)
+            result.setdefault(i, {})[part] = prefixes[prefix]
+    for prefix in [prefix for prefix in prefixes if prefix not in done]:
+        # Of a layer that was renamed after it was built, or with names that a custom layer made.
+        owners = [i for i in members if _keras_names.variables(entries[i])]
+        if len(prefixes) == len(owners) == 1:
+            result[owners[0]] = {"": prefixes[prefix]}
+        else:
+            parts = result.setdefault(members[0], {})
+            parts["/".join(prefix)] = parts.get("/".join(prefix), {}) | prefixes[prefix]
+    return result
+
+
+def _matches(
+    prefixes: Iterable[tuple[str, ...]], entries: list[Entry], members: list[int]
+) -> Iterator[tuple[Any, int, int, tuple[str, ...]]]:
+    """Yields (rank, number of an object, how much of a prefix names it, prefix); low ranks first.
+
+    The best match has no part, then names all of the object or of the prefix, then the most of it.
     """
     by_last: dict[str, list[tuple[int, tuple[str, ...]]]] = {}
     for i in members:
         entry = entries[i]
-        names = _components(entry.name)
-        if entry.class_name != "TimeDistributed" and names:
-            by_last.setdefault(names[-1], []).append((i, names))
-        if entry.parent and entry.parent.class_name == "TimeDistributed":  # the name in Keras 2
-            outer = _components("/".join(entry.names[:-1]))
-            by_last.setdefault(outer[-1], []).append((i, outer))
-    result: dict[int, Parts] = {}
-    for prefix in _best_first(prefixes, by_last, result):
-        if len(prefixes) == 1:  # a layer that was renamed after it was built
-            missing = [i for i in members if _keras_names.variables(entries[i])]
-            if len(missing) == 1:
-                result[missing[0]] = {"": prefixes[prefix]}
-    return result
-
-
-def _best_first(
-    prefixes: Mapping[tuple[str, ...], dict[str, Read]],
-    by_last: Mapping[str, list[tuple[int, tuple[str, ...]]]],
-    result: dict[int, Parts],
-) -> Iterator[tuple[str, ...]]:
-    """Assigns the prefixes, those that match best first, and yields those that match nothing."""
-    matches = []
+        spellings = [entry.names] if entry.class_name != "TimeDistributed" else []
+        if entry.parent and entry.parent.class_name == "TimeDistributed":
+            spellings.append(entry.names[:-1])  # so Keras 2 calls what it wraps
+        for names in (_components("/".join(spelling)) for spelling in spellings):
+            if names:
+                by_last.setdefault(names[-1], []).append((i, names))
     for order, prefix in enumerate(prefixes):
-        for k in range(len(prefix)):
-            head = prefix[: len(prefix) - k]
-            for i, names in by_last.get(head[-1], []):
-                common = 0
-                while common < min(len(head), len(names)):
-                    if head[-1 - common] != names[-1 - common]:
-                        break
-                    common += 1
-                whole = common in (len(head), len(names))
-                matches.append((k, not whole, -common, len(names), i, order, prefix))
-    done = set()
-    for k, _, _, _, i, _, prefix in sorted(matches):
-        part = "/".join(prefix[len(prefix) - k :])
-        if prefix not in done and part not in result.get(i, {}):
-            done.add(prefix)
-            result.setdefault(i, {})[part] = prefixes[prefix]
-    yield from (prefix for prefix in prefixes if prefix not in done)
+        for length in range(len(prefix), 0, -1):
+            for i, names in by_last.get(prefix[length - 1], []):
+                pairs = zip(reversed(prefix[:length]), reversed(names), strict=False)
+                common = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+                partly = common < min(length, len(names))
+                yield (
+                    (len(prefix) - length, partly, -common, len(names), i, order),
+                    i,
+                    length,
+                    prefix,
+                )
 
 
 # Names of variables.

@@ -127,13 +127,16 @@ class Vocabulary:
                 return name
         raise ValueError(f"`{argument}` must have a Keras name to be serialized, got {show(obj)}.")
 
+    def hint(self, name: str) -> str:
+        """Ends the sentence of an unknown name, as `nearest` does."""
+        stem = _squash(name).removesuffix(self.kind)  # "l2_regularizer" is "l2"
+        return nearest(name, self.names, self.slips.get(stem, stem))
+
     def _build(self, argument: str, name: str, config: Mapping[str, Any]) -> Any:
         """Makes what the table holds under `name`, with the arguments in `config`."""
         entry = self.names.get(name)
         if entry is None:
-            stem = _squash(name).removesuffix(self.kind)  # "l2_regularizer" is "l2"
-            hint = nearest(name, self.names, self.slips.get(stem, stem))
-            raise ValueError(f"{_complaint(argument)} got {show(name)}{hint}")
+            raise ValueError(f"{_complaint(argument)} got {show(name)}{self.hint(name)}")
         if isinstance(entry, Refused):
             raise ValueError(f"{_complaint(argument)} got {show(name)}, which {entry.reason}.")
         is_class = isinstance(entry, type | functools.partial)

@@ -430,8 +430,6 @@ def _split_channels(arrays: Sequence[np.ndarray], settings: Mapping[str, Any]) -
 def _lines(item: _keras_weights.Found, settings: Mapping[str, Any], rank: int) -> str:
     """Returns the lines that compute the convolution of a layer with strides and dilation."""
     kernel = f"arrays[{next(iter(item.variables or {}), 'kernel')!r}]"
-    if item.entry.class_name in _GROUPED:
-        kernel += f".reshape(*{tuple(settings['kernel_size'])}, -1, {settings['depth_multiplier']})"
     names = ("strides", "padding", "dilation_rate", "data_format")
     given = {name: settings[name] for name in names if settings.get(name) is not None}
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}

@@ -320,7 +320,6 @@ STRIDED = {
     "DepthwiseConv2D": lambda layers, **s: layers.DepthwiseConv2D(3, depth_multiplier=2, **s),
     "DepthwiseConv1D": lambda layers, **s: layers.DepthwiseConv1D(3, **s),
     "SeparableConv2D": lambda layers, **s: layers.SeparableConv2D(5, 3, **s),
-    "Conv2D": lambda layers, **s: layers.Conv2D(6, 3, groups=3, **s),
 }
 
 
@@ -472,9 +471,7 @@ def test_pickles_are_not_executed(keras, tmp_path):
     arrays = {"layers/dense": dense, "layers/depthwise_conv2d": {"0": Marked(), "1": np.ones(3)}}
     assert pickle.loads(pickle.dumps(Marked())).shape == (3,) and Marked.called
     Marked.called = False
-    with pytest.raises(
-        ValueError, match="layer 'dw': .*must be an array of NumPy or JAX, got mark"
-    ):
+    with pytest.raises(ValueError, match="layer 'dw': .*array of NumPy or JAX, got .*mark"):
         keras_io.weights(with_npz(path, arrays))
     assert not Marked.called
     for contents in ({"layers/dense": np.zeros(3)}, {"layers/dense": np.array([{}, {}])}):
