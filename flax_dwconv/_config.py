@@ -103,12 +103,18 @@ def read(
         of_keras = whole["class_name"] == class_name and is_of_keras(whole)
         if not of_keras and class_name not in [base.__name__ for base in customs.bases(whole)]:
             names = " of ".join(repr(whole[k]) for k in ("class_name", "module") if k in whole)
-            raise ValueError(f"`config` must be of Keras's {class_name}, got {names}.")
+            name, offer = whole["class_name"], ""
+            if not is_of_keras(whole):
+                offer = (
+                    f" `custom_objects={{{name!r}: flax_dwconv.{class_name}}}` reads it as that."
+                )
+            raise ValueError(f"`config` must be of Keras's {class_name}, got {names}.{offer}")
         if not isinstance(settings, Mapping):
             raise TypeError(f"`config` must be a dict, got {type(settings).__name__}.")
     settings = dict(settings)
     if settings.get("activation") == "hard_sigmoid" and _is_of_keras_3(settings, whole):
         settings["activation"] = jax.nn.hard_sigmoid
+    by_hand = not whole and "trainable" not in settings
     for ignored in _IGNORED_KEYS:
         settings.pop(ignored, None)
     unknown = [key for key in settings if key not in (*arguments, "name")]
@@ -123,7 +129,7 @@ def read(
     for argument in arguments:
         if argument in settings:
             settings[argument] = customs.identifier(
-                settings[argument], argument, settings.get("name")
+                settings[argument], argument, settings.get("name"), by_hand
             )
     return settings | _read_dtypes(settings)
 
@@ -151,21 +157,16 @@ class Customs:
 
     Args:
       custom_objects: {name: object or None}; None is no object at all.
-      written_by_keras: whether the configs certainly are. Otherwise a name without a package that
-        resembles one of Keras's is a slip of the pen.
 
     Raises:
       TypeError: if it is no such dict.
     """
 
-    def __init__(
-        self, custom_objects: Mapping[str, Any] | None, written_by_keras: bool = False
-    ) -> None:
+    def __init__(self, custom_objects: Mapping[str, Any] | None) -> None:
         if not isinstance(custom_objects, Mapping | None):
             kind = type(custom_objects).__name__
             raise TypeError(f"`custom_objects` must be a dict, got {kind}.")
         self._objects = dict(custom_objects or {})
-        self._written_by_keras = written_by_keras
         # "`argument` 'name of an object'" -> the layers in which it was read as None.
         self._dropped: dict[str, list[str]] = {}
 
@@ -178,13 +179,15 @@ class Customs:
         classes = self.named(words_of(node, ()))
         return [base for cls in classes for base in getattr(cls, "__mro__", ())]
 
-    def identifier(self, value: Any, argument: str, layer: str | None) -> Any:
+    def identifier(self, value: Any, argument: str, layer: str | None, by_hand: bool) -> Any:
         """Returns the identifier to read instead of the one that a config has for an argument.
 
         Args:
           value: in the config.
           argument: of the layer, such as "bias_regularizer".
           layer: the name of the layer.
+          by_hand: whether a person may have written the config. Then a name without a package that
+            resembles one of Keras's is a slip.
 
         Raises:
           TypeError: if what `custom_objects` has cannot be made from the config.
@@ -205,8 +208,8 @@ class Customs:
             except (TypeError, ValueError) as error:
                 line = f"`custom_objects={{{words[-1]!r}: ...}}` says what it stands for."
                 raise type(error)(f"{error} {line}") from None
-        foreign = self._written_by_keras or (isinstance(value, Mapping) and not is_of_keras(value))
-        if not foreign and room.hint(words[-1]) != ".":
+        nameless = isinstance(value, str) or is_of_keras(value)
+        if by_hand and nameless and room.hint(words[-1]) != ".":
             return value  # for the error that shows the nearest name
         name = "the layer" if layer is None else repr(layer)
         self._dropped.setdefault(f"`{argument}` {words[-1]!r}", []).append(name)

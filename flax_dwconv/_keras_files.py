@@ -237,7 +237,10 @@ class _Section(io.RawIOBase):
         """Fills a buffer from an offset on, as far as the section goes, and moves nothing."""
         view = memoryview(buffer).cast("B")[: max(0, self.size - offset)]
         self.file.seek(self.start + offset)
-        return self.file.readinto(view)
+        filled = 0
+        while n := self.file.readinto(view[filled:]):  # at most 2 GiB at once on Linux
+            filled += n
+        return filled
 
     def close(self) -> None:
         self.file.close()
@@ -339,8 +342,9 @@ def _dataset(
     if dtype.kind not in "biufcV" or dtype.names or dtype.subdtype or dtype.hasobject:
         raise ValueError(f"{path!r} must be an array of numbers, got {dtype}.")
     result = np.empty(shape, dtype)
-    offset = dataset.get_offset()  # of contiguous data that was written
-    if offset is not None and size and not root.userblock_size:
+    offset = dataset.get_offset()  # None for data in chunks, and where none was written
+    is_plain = h5py.h5t.py_create(dtype) == dataset.get_type() and not root.userblock_size
+    if is_plain and offset is not None and size:
         if file.read_at(offset, result.reshape(-1).view(np.uint8)) != size:
             raise EOFError(f"{path!r} ends after the file does.")
     else:
@@ -375,10 +379,11 @@ def _shards(
     if not isinstance(weight_map, Mapping):
         raise ValueError("it must have a 'weight_map', as `save_weights(max_shard_size=)` writes.")
     names = [v for value in weight_map.values() for v in np.ravel(value).tolist()]
+    there = files.names()
     for name in names:
         if not isinstance(name, str) or os.path.basename(name) != name or "\\" in name:
             raise ValueError(f"a shard must be a file beside the index, got {name!r}.")
-        if name not in files.names():
+        if name not in there:
             raise ValueError(f"the shard {name!r} is missing.")
     for name in sorted(set(names)):
         _hdf5(store, files.open(name), stack)

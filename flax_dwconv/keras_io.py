@@ -63,8 +63,8 @@ def from_config(
 
 def _class(node: Mapping[str, Any], customs: _config.Customs) -> Any:
     """Returns our class for a serialized layer; None for one that is none of ours."""
-    if is_of_keras(node):
-        return _LAYERS.get(node["class_name"])
+    if node["class_name"] in _LAYERS and is_of_keras(node):
+        return _LAYERS[node["class_name"]]
     return _ours(customs.bases(node))
 
 
@@ -169,8 +169,9 @@ def from_keras(
         weights = _split_channels(weights, config)
     else:
         cls = _ours(bases) or linen.DepthwiseConv2D
-    customs = _config.Customs(custom_objects, written_by_keras=True)
-    layer = cls(**cls._settings_from_config(config, customs))
+    customs = _config.Customs(custom_objects)
+    whole = {"class_name": cls.__name__, "config": config}
+    layer = cls(**cls._settings_from_config(whole, customs))
     if not keras_layer.weights:
         raise ValueError(f"`keras_layer` must be built, got {keras_layer!r} without weights.")
     params = _params(layer, weights)
@@ -263,7 +264,7 @@ def load(
       >>> for name, (layer, variables) in keras_io.load("model.keras").items():  # doctest: +SKIP
       ...     y = layer.apply(variables, x)
     """
-    customs = _config.Customs(custom_objects, written_by_keras=True)
+    customs = _config.Customs(custom_objects)
     result: dict[str, tuple[Layer, dict[str, Any]]] = {}
     with _opened(path, config, " with depthwise layers") as (found, version):
         for item in found:
@@ -279,7 +280,7 @@ def load(
             listed = ", ".join(f"{n} {name}" for name, n in seen.items()) or "no layer at all"
             raise ValueError(f"it has no depthwise layer, but {listed}.{offers}")
     if offers:
-        warnings.warn(f"Passed over in {os.fspath(path)!r}:{offers}", stacklevel=2)
+        warnings.warn(f"Passed over in {os.fsdecode(path)!r}:{offers}", stacklevel=2)
     customs.warn()
     return result
 
@@ -342,7 +343,7 @@ def _opened(
 
     What is wrong with the file, also while it is read, becomes a ValueError with its path.
     """
-    path = os.fspath(path)
+    path = os.fsdecode(path)
     model = None if config is None else _keras_names.model(config)
     try:
         with _keras_files.opened(path) as store:
@@ -444,9 +445,10 @@ def _lines(item: _keras_weights.Found, settings: Mapping[str, Any], rank: int) -
 def _offers(found: Sequence[_keras_weights.Found], customs: _config.Customs) -> str:
     """Returns sentences on the custom classes that look depthwise; nothing if there are none."""
     offers = {}
-    for entry in (item.entry for item in found if not is_of_keras(item.entry.node)):
-        words = _config.words_of(entry.node, ())
-        if {"kernel_size", "depth_multiplier"} <= set(entry.config) and not customs.named(words):
+    for entry in (item.entry for item in found):
+        words = _config.words_of(entry.node, _LAYERS)
+        alike = {"kernel_size", "depth_multiplier"} <= set(entry.config)
+        if alike and words and not customs.named(words):
             kind = "Separable" if "pointwise_initializer" in entry.config else "Depthwise"
             size = entry.config["kernel_size"]
             cls = f"{kind}Conv{len(size) if isinstance(size, list) else 2}D"

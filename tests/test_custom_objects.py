@@ -195,8 +195,12 @@ def test_a_custom_activation_has_to_be_there(tmp_path, way, kind):
 
 
 def test_what_resembles_one_of_keras_is_a_slip_where_people_write():
+    settings = {"kernel_size": 3, "depthwise_initializer": "glorot_unifrom"}
     with pytest.raises(ValueError, match="got 'glorot_unifrom', did you mean 'glorot_uniform'"):
-        DepthwiseConv2D.from_config({"kernel_size": 3, "depthwise_initializer": "glorot_unifrom"})
+        DepthwiseConv2D.from_config(settings)
+    # Keras's own `get_config` always has this key.
+    with pytest.warns(UserWarning, match="'glorot_unifrom' of the layer"):
+        DepthwiseConv2D.from_config(settings | {"trainable": True})
 
 
 def test_a_policy_map(keras):
@@ -241,7 +245,7 @@ def test_a_registered_subclass(tmp_path, key, cls):
     np.testing.assert_array_equal(variables["params"]["kernel"], KERNEL)
     for read in (keras_io.from_config, cls.from_config):
         assert read(registered(), custom_objects={key: cls}) == layer
-    with pytest.raises(ValueError, match="must be of Keras's DepthwiseConv2D"):
+    with pytest.raises(ValueError, match="must be of Keras's DepthwiseConv2D.*`custom_objects={'F"):
         keras_io.from_config(registered())
 
     path = write(tmp_path / "two.keras", registered(), config(), paths=[*paths, "depthwise_conv2d"])
@@ -252,6 +256,27 @@ def test_a_registered_subclass(tmp_path, key, cls):
     assert list(keras_io.load(path, custom_objects={key: cls})) == ["own", "dw"]
 
 
+def test_a_subclass_in_a_file_of_keras_2(tmp_path):
+    """There, a custom class has no module, and no other name."""
+    whole = {key: registered()[key] for key in ("class_name", "config")}
+    with h5py.File(tmp_path / "m.h5", "w") as file:
+        model = {"class_name": "Functional", "config": {"name": "m", "layers": [whole]}}
+        file.attrs["model_config"], file.attrs["keras_version"] = json.dumps(model), "2.15.0"
+        group = file.create_group("model_weights/own")
+        file["model_weights"].attrs["layer_names"] = ["own"]
+        group.attrs["weight_names"] = ["own/depthwise_kernel:0", "own/bias:0"]
+        group["own/depthwise_kernel:0"], group["own/bias:0"] = KERNEL, BIAS
+    with pytest.raises(
+        ValueError, match="but 1 FixedDepthwiseConv2D. layer 'own' is of the custom"
+    ):
+        keras_io.load(tmp_path / "m.h5")
+    objects = {"FixedDepthwiseConv2D": DepthwiseConv2D}
+    ((layer, variables),) = keras_io.load(tmp_path / "m.h5", custom_objects=objects).values()
+    assert type(layer) is DepthwiseConv2D
+    np.testing.assert_array_equal(variables["params"]["kernel"], KERNEL)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ impl:DeprecationWarning")
 def test_a_subclass_of_kerass_own(keras, tmp_path):
     @keras.saving.register_keras_serializable("mine")
     class Fixed(keras.layers.DepthwiseConv2D):

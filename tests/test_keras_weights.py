@@ -584,6 +584,65 @@ def test_what_is_missing_or_too_much(keras, tmp_path):
         keras_io.weights(path, config=more)
 
 
+# Arrays as HDF5 can store them
+
+DENSE = {"class_name": "Dense", "config": {"name": "d", "units": 2, "use_bias": False}}
+DTYPES = ["<f4", ">f4", "f8", "f2", "bfloat16", "i8", "u1", "?", "c8"]
+
+
+def written(path, write, **settings):
+    with h5py.File(path, "w", **settings) as file:
+        write(file, "layers/dense/vars/0")
+    return keras_io.weights(path, config=DENSE)["d"][2]["kernel"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("settings", [{}, dict(chunks=(2, 2), compression="gzip", shuffle=True)])
+def test_dtypes_and_layouts(tmp_path, dtype, settings):
+    values = oracle.integers(0, 5, 2).astype(jax.numpy.dtype(dtype))
+
+    def write(file, name):
+        file.create_dataset(name, data=values, **settings).attrs["dtype"] = dtype
+
+    kernel = written(tmp_path / "m.h5", write)
+    assert kernel.dtype == values.dtype.newbyteorder("=")
+    np.testing.assert_array_equal(kernel, values)
+
+
+def test_an_offset_into_the_file_counts_from_its_user_block(tmp_path):
+    values = oracle.normals(0, 5, 2)
+    kernel = written(tmp_path / "m.h5", lambda f, n: f.update({n: values}), userblock_size=512)
+    np.testing.assert_array_equal(kernel, values)
+
+
+def test_numbers_of_another_format(tmp_path):
+    """HDF5 converts floats whose exponents are stored otherwise, which have no dtype of NumPy's."""
+    values = oracle.integers(0, 5, 2)
+
+    def write(file, name):
+        kind, space = h5py.h5t.IEEE_F32LE.copy(), h5py.h5s.create_simple(values.shape)
+        kind.set_ebias(100)
+        group = file.require_group("layers/dense/vars")
+        stored = h5py.h5d.create(group.id, b"0", kind, space)
+        stored.write(h5py.h5s.ALL, h5py.h5s.ALL, values)
+
+    np.testing.assert_array_equal(written(tmp_path / "m.h5", write), values)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (h5py.Empty("f4"), "must be an array in the file itself"),
+        ("text", "must be an array of numbers"),
+        (np.zeros(3, [("a", "f4"), ("b", "f4")]), "must be an array of numbers"),
+        (np.zeros(3, "V4"), "must be of the dtype bfloat16, got"),
+    ],
+)
+def test_no_arrays_of_numbers(tmp_path, value, message):
+    with pytest.raises(ValueError, match=rf"m\.h5.*layer 'd': 'layers/dense/vars/0' {message}"):
+        written(tmp_path / "m.h5", lambda f, n: f.update({n: value}))
+
+
 # Names with a slash, in files of Keras 2
 
 
