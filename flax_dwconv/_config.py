@@ -200,7 +200,8 @@ class Customs:
         for obj in self.named(words):
             if not inspect.isclass(obj):
                 return obj
-            config = value["config"] if isinstance(value, Mapping) else {}
+            config = value.get("config") if isinstance(value, Mapping) else None
+            config = config if isinstance(config, Mapping) else {}
             return obj.from_config(config) if hasattr(obj, "from_config") else obj(**config)
         if argument == "activation":
             try:

@@ -122,6 +122,7 @@ def _is_object(value: Any) -> TypeGuard[Mapping[str, Any]]:
     return (
         isinstance(value, Mapping)
         and isinstance(value.get("class_name"), str)
+        and value["class_name"] != "function"
         and not value["class_name"].startswith("__")  # "__tuple__", "__keras_tensor__"
     )
 

@@ -4,6 +4,7 @@ import importlib
 import json
 import pickle
 import shutil
+import tracemalloc
 import warnings
 import zipfile
 
@@ -15,7 +16,7 @@ import pytest
 from flax import nnx
 
 import flax_dwconv
-from flax_dwconv import depthwise_conv1d, depthwise_conv2d, keras_io
+from flax_dwconv import _keras_files, depthwise_conv1d, depthwise_conv2d, keras_io
 
 h5py = pytest.importorskip("h5py")
 
@@ -641,6 +642,24 @@ def test_numbers_of_another_format(tmp_path):
 def test_no_arrays_of_numbers(tmp_path, value, message):
     with pytest.raises(ValueError, match=rf"m\.h5.*layer 'd': 'layers/dense/vars/0' {message}"):
         written(tmp_path / "m.h5", lambda f, n: f.update({n: value}))
+
+
+def test_nothing_is_held_twice(tmp_path):
+    """An archive's own reader would hold the whole file beside the arrays."""
+    values = oracle.normals(0, 1 << 20, 2)
+    with h5py.File(tmp_path / "m.h5", "w") as file:
+        file["layers/dense/vars/0"] = values
+    with zipfile.ZipFile(tmp_path / "m.keras", "w") as archive:
+        archive.writestr("config.json", json.dumps(old_model("m", DENSE)))
+        archive.write(tmp_path / "m.h5", "model.weights.h5")
+    for name, config in [("m.keras", None), ("m.h5", DENSE)]:
+        tracemalloc.start()
+        kernel = keras_io.weights(tmp_path / name, config=config)["d"][2]["kernel"]
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        # What a checksum is computed of at once is part of it.
+        assert peak - _keras_files._CHUNK < 1.1 * kernel.nbytes
+        np.testing.assert_array_equal(kernel, values)
 
 
 # Names with a slash, in files of Keras 2
