@@ -49,7 +49,7 @@ BAD_FILE = (
 )
 _SMALL = 1 << 26  # bytes that are read without asking how they were compressed
 _CHUNK = 1 << 22  # bytes of which a checksum is computed at once
-_BLOCK = 1 << 16  # bytes that are read at once of what is not an array
+_BLOCK = 1 << 13  # bytes that are read at once of what is not an array
 
 Read = Callable[[], np.ndarray]
 
@@ -170,8 +170,8 @@ class _Archive:
     def open(self, name: str) -> "_Section":
         """Returns an entry as a file.
 
-        Keras does not compress. Such an entry is read where it lies, and a thread computes its
-        checksum meanwhile: the archive's own reader would hold all of it beside the arrays.
+        Keras does not compress. Such an entry is read where it lies: the archive's own reader would
+        hold all of it beside the arrays.
         """
         info = self.archive.getinfo(name)
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:  # bit 0: encrypted
@@ -184,36 +184,65 @@ class _Archive:
         if header[:4] != b"PK\x03\x04":
             raise zipfile.BadZipFile(f"{name!r} is not where the archive says.")
         start = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
-        pool = self.stack.enter_context(ThreadPoolExecutor(1))
-        checksum = pool.submit(_checksum, self.path, start, info.file_size)
+        checksum = _Checksum(_Section(open(self.path, "rb", buffering=0), start, info.file_size))
 
         def check(kind: Any, *_: Any) -> None:
-            if checksum.result() != info.CRC and kind is None:
+            if checksum.finish() != info.CRC and kind is None:
                 raise zipfile.BadZipFile(f"Bad CRC-32 for {name!r}")
 
         self.stack.push(check)
-        return _Section(file, start, info.file_size)
+        return _Section(file, start, info.file_size, checksum)
 
 
-def _checksum(path: str, start: int, size: int) -> int:
-    result = 0
-    buffer = memoryview(bytearray(min(_CHUNK, size)))
-    with open(path, "rb", buffering=0) as file:
-        file.seek(start)
-        while size:
-            n = file.readinto(buffer[:size])
+class _Checksum:
+    """Computes the CRC of a section in a thread, of arrays where they are already in memory.
+
+    Keras stores arrays in the order in which they are read, so that little is read twice.
+    """
+
+    def __init__(self, section: "_Section") -> None:
+        self.section, self.crc, self.position = section, 0, 0
+        self.pool = ThreadPoolExecutor(1)
+        self.waiting: list[tuple[int, memoryview]] = []
+
+    def add(self, offset: int, view: memoryview) -> None:
+        """Adds bytes that were read; not to be changed until `finish`."""
+        self.waiting.append((offset, view))
+        # To wake the thread for every bias would cost more than the checksums.
+        if sum(len(view) for _, view in self.waiting) >= _CHUNK:
+            self.pool.submit(self._add, self.waiting)
+            self.waiting = []
+
+    def _add(self, read: list[tuple[int, memoryview]]) -> None:
+        for offset, view in read:
+            if offset >= self.position:
+                self._skip_to(offset)
+                self.crc = zlib.crc32(view, self.crc)
+                self.position += len(view)
+
+    def _skip_to(self, offset: int) -> None:
+        buffer = memoryview(bytearray(min(_CHUNK, offset - self.position)))
+        while self.position < offset:
+            n = self.section.read_at(self.position, buffer[: offset - self.position])
             if not n:
                 break
-            result = zlib.crc32(buffer[:n], result)
-            size -= n
-    return result
+            self.crc = zlib.crc32(buffer[:n], self.crc)
+            self.position += n
+
+    def finish(self) -> int:
+        """Returns the CRC of the whole section."""
+        end = self.section.size, memoryview(b"")
+        with contextlib.closing(self.section), self.pool:
+            self.pool.submit(self._add, [*self.waiting, end]).result()
+        return self.crc
 
 
 class _Section(io.RawIOBase):
     """A part of a file, as a file."""
 
-    def __init__(self, file: Any, start: int, size: int) -> None:
+    def __init__(self, file: Any, start: int, size: int, checksum: _Checksum | None = None) -> None:
         self.file, self.start, self.size, self.position = file, start, size, 0
+        self.checksum = checksum
 
     def readable(self) -> bool:
         return True
@@ -236,11 +265,21 @@ class _Section(io.RawIOBase):
     def read_at(self, offset: int, buffer: Any) -> int:
         """Fills a buffer from an offset on, as far as the section goes, and moves nothing."""
         view = memoryview(buffer).cast("B")[: max(0, self.size - offset)]
+        if not view:
+            return 0
         self.file.seek(self.start + offset)
         filled = 0
         while n := self.file.readinto(view[filled:]):  # at most 2 GiB at once on Linux
             filled += n
         return filled
+
+    def read_array(self, offset: int, array: np.ndarray) -> int:
+        """Fills an array, not to be changed before the file is closed, and returns how far."""
+        view = memoryview(array.reshape(-1).view(np.uint8))
+        n = self.read_at(offset, view)
+        if self.checksum is not None:
+            self.checksum.add(offset, view[:n])
+        return n
 
     def close(self) -> None:
         self.file.close()
@@ -326,14 +365,10 @@ def _dataset(
         if not links[prefix]:
             raise ValueError(f"{path!r} is a link, which Keras does not write.")
     dataset = h5py.h5o.open(root.id, path.encode())
-    settings = dataset.get_create_plist() if isinstance(dataset, h5py.h5d.DatasetID) else None
-    layouts = (h5py.h5d.CONTIGUOUS, h5py.h5d.CHUNKED, h5py.h5d.COMPACT)
-    if (
-        settings is None
-        or settings.get_layout() not in layouts
-        or settings.get_external_count()
-        or dataset.get_space().get_simple_extent_type() == h5py.h5s.NULL
-    ):
+    is_dataset = isinstance(dataset, h5py.h5d.DatasetID)
+    # Where the data lies in one piece in this file; None for all else.
+    offset = dataset.get_offset() if is_dataset else None
+    if offset is None and not (is_dataset and _is_stored(h5py, dataset)):
         raise ValueError(f"{path!r} must be an array in the file itself.")
     shape, dtype = dataset.shape, dataset.dtype
     size = math.prod(shape) * dtype.itemsize
@@ -342,10 +377,9 @@ def _dataset(
     if dtype.kind not in "biufcV" or dtype.names or dtype.subdtype or dtype.hasobject:
         raise ValueError(f"{path!r} must be an array of numbers, got {dtype}.")
     result = np.empty(shape, dtype)
-    offset = dataset.get_offset()  # None for data in chunks, and where none was written
     is_plain = h5py.h5t.py_create(dtype) == dataset.get_type() and not root.userblock_size
     if is_plain and offset is not None and size:
-        if file.read_at(offset, result.reshape(-1).view(np.uint8)) != size:
+        if file.read_array(offset, result) != size:
             raise EOFError(f"{path!r} ends after the file does.")
     else:
         dataset.read(h5py.h5s.ALL, h5py.h5s.ALL, result)
@@ -357,6 +391,16 @@ def _dataset(
             raise ValueError(f"{path!r} must be of the dtype {known}, got {dtype}.")
         return result.view(known)
     return result.astype(dtype.newbyteorder("="), copy=False)
+
+
+def _is_stored(h5py: Any, dataset: Any) -> bool:
+    """Whether a dataset has values, in its own file."""
+    settings = dataset.get_create_plist()
+    return (
+        settings.get_layout() in (h5py.h5d.CONTIGUOUS, h5py.h5d.CHUNKED, h5py.h5d.COMPACT)
+        and not settings.get_external_count()
+        and dataset.get_space().get_simple_extent_type() != h5py.h5s.NULL
+    )
 
 
 def _text(value: Any) -> str:

@@ -88,7 +88,7 @@ def _inside(parent: Entry, names: tuple[str, ...]) -> Iterator[Entry]:
         config = _directions(config)
     for key, value in config.items():
         # These have no variables, and the names of their classes are those of no layer.
-        if key == "dtype" or re.search("(initializer|regularizer|constraint)$", str(key)):
+        if str(key).endswith(("dtype", "initializer", "regularizer", "constraint")):
             continue
         path = f"{parent.path}/{key}" if parent.path else str(key)
         for v, at in _objects(value, path):
