@@ -265,17 +265,16 @@ class _Section(io.RawIOBase):
     def read_at(self, offset: int, buffer: Any) -> int:
         """Fills a buffer from an offset on, as far as the section goes, and moves nothing."""
         view = memoryview(buffer).cast("B")[: max(0, self.size - offset)]
-        if not view:
-            return 0
-        self.file.seek(self.start + offset)
         filled = 0
-        while n := self.file.readinto(view[filled:]):  # at most 2 GiB at once on Linux
-            filled += n
+        self.file.seek(self.start + offset)
+        while filled < len(view) and (n := self.file.readinto(view[filled:])):
+            filled += n  # at most 2 GiB at once on Linux
         return filled
 
     def read_array(self, offset: int, array: np.ndarray) -> int:
         """Fills an array, not to be changed before the file is closed, and returns how far."""
-        view = memoryview(array.reshape(-1).view(np.uint8))
+        flat: Any = array.reshape(-1).view(np.uint8)
+        view = memoryview(flat)
         n = self.read_at(offset, view)
         if self.checksum is not None:
             self.checksum.add(offset, view[:n])
