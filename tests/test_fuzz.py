@@ -536,6 +536,11 @@ CONFIGS = [layer.get_config() for layer in LAYERS]
 CONFIGS += [{"class_name": "DepthwiseConv2D", "module": "keras.layers", "config": CONFIGS[1]}]
 
 
+# A damaged name may be a user's own.
+customs = pytest.mark.filterwarnings("ignore:Read as None", "ignore:Passed over")
+
+
+@customs
 @examples(400)
 @given(st.sampled_from(CONFIGS).flatmap(damaged))
 def test_damaged_configs(config):
@@ -689,6 +694,7 @@ JSON = st.recursive(
 
 
 @large_repr
+@customs
 @examples(200)
 @given(data=st.data())
 def test_damaged_model_configs(files, tmp_path, data):
