@@ -170,8 +170,8 @@ class _Archive:
     def open(self, name: str) -> "_Section":
         """Returns an entry as a file.
 
-        Keras does not compress. Such an entry is read where it lies: the archive's own reader would
-        hold all of it beside the arrays.
+        Keras does not compress. Such an entry is read where it lies, and a thread computes its
+        checksum meanwhile: the archive's own reader would hold all of it beside the arrays.
         """
         info = self.archive.getinfo(name)
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:  # bit 0: encrypted
@@ -184,65 +184,33 @@ class _Archive:
         if header[:4] != b"PK\x03\x04":
             raise zipfile.BadZipFile(f"{name!r} is not where the archive says.")
         start = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
-        checksum = _Checksum(_Section(open(self.path, "rb", buffering=0), start, info.file_size))
+        pool = self.stack.enter_context(ThreadPoolExecutor(1))
+        checksum = pool.submit(_checksum, self.path, start, info.file_size)
 
         def check(kind: Any, *_: Any) -> None:
-            if checksum.finish() != info.CRC and kind is None:
+            if checksum.result() != info.CRC and kind is None:
                 raise zipfile.BadZipFile(f"Bad CRC-32 for {name!r}")
 
         self.stack.push(check)
-        return _Section(file, start, info.file_size, checksum)
+        return _Section(file, start, info.file_size)
 
 
-class _Checksum:
-    """Computes the CRC of a section in a thread, of arrays where they are already in memory.
-
-    Keras stores arrays in the order in which they are read, so that little is read twice.
-    """
-
-    def __init__(self, section: "_Section") -> None:
-        self.section, self.crc, self.position = section, 0, 0
-        self.pool = ThreadPoolExecutor(1)
-        self.waiting: list[tuple[int, memoryview]] = []
-
-    def add(self, offset: int, view: memoryview) -> None:
-        """Adds bytes that were read; not to be changed until `finish`."""
-        self.waiting.append((offset, view))
-        # To wake the thread for every bias would cost more than the checksums.
-        if sum(len(view) for _, view in self.waiting) >= _CHUNK:
-            self.pool.submit(self._add, self.waiting)
-            self.waiting = []
-
-    def _add(self, read: list[tuple[int, memoryview]]) -> None:
-        for offset, view in read:
-            if offset >= self.position:
-                self._skip_to(offset)
-                self.crc = zlib.crc32(view, self.crc)
-                self.position += len(view)
-
-    def _skip_to(self, offset: int) -> None:
-        buffer = memoryview(bytearray(min(_CHUNK, offset - self.position)))
-        while self.position < offset:
-            n = self.section.read_at(self.position, buffer[: offset - self.position])
-            if not n:
-                break
-            self.crc = zlib.crc32(buffer[:n], self.crc)
-            self.position += n
-
-    def finish(self) -> int:
-        """Returns the CRC of the whole section."""
-        end = self.section.size, memoryview(b"")
-        with contextlib.closing(self.section), self.pool:
-            self.pool.submit(self._add, [*self.waiting, end]).result()
-        return self.crc
+def _checksum(path: str, start: int, size: int) -> int:
+    result = 0
+    buffer = memoryview(bytearray(min(_CHUNK, size)))
+    with open(path, "rb", buffering=0) as file:
+        file.seek(start)
+        while size and (n := file.readinto(buffer[:size])):
+            result = zlib.crc32(buffer[:n], result)
+            size -= n
+    return result
 
 
 class _Section(io.RawIOBase):
     """A part of a file, as a file."""
 
-    def __init__(self, file: Any, start: int, size: int, checksum: _Checksum | None = None) -> None:
+    def __init__(self, file: Any, start: int, size: int) -> None:
         self.file, self.start, self.size, self.position = file, start, size, 0
-        self.checksum = checksum
 
     def readable(self) -> bool:
         return True
@@ -271,15 +239,6 @@ class _Section(io.RawIOBase):
             filled += n  # at most 2 GiB at once on Linux
         return filled
 
-    def read_array(self, offset: int, array: np.ndarray) -> int:
-        """Fills an array, not to be changed before the file is closed, and returns how far."""
-        flat: Any = array.reshape(-1).view(np.uint8)
-        view = memoryview(flat)
-        n = self.read_at(offset, view)
-        if self.checksum is not None:
-            self.checksum.add(offset, view[:n])
-        return n
-
     def close(self) -> None:
         self.file.close()
         super().close()
@@ -293,103 +252,78 @@ def _whole(path: str) -> _Section:
 # HDF5.
 
 
-def _hdf5(store: Store, file: _Section, stack: contextlib.ExitStack) -> None:
-    h5py = require("h5py", "h5")
-    stack.enter_context(contextlib.closing(file))
-    # Without the buffer, h5py makes two system calls for each of its many small reads.
-    root = stack.enter_context(h5py.File(io.BufferedReader(file, _BLOCK), "r"))
-    attributes = root.attrs
-    if "model_config" in attributes:
-        store.config = _text(attributes["model_config"])
-    if "keras_version" in attributes:
-        store.version = _text(attributes["keras_version"])
-    # All links of the file in one pass: to open each group costs more than to read the arrays.
-    links: dict[str, bool] = {}  # whether it is a hard link; others could lead out of the file
-    root.id.links.visit(
-        lambda name, info: links.update({name.decode(): info.type == h5py.h5l.TYPE_HARD}),
-        info=True,
-    )
+class _Hdf5:
+    """An HDF5 file, of which nothing is read that a link leads to.
 
-    def reader(name: str) -> Read:
-        return lambda: _dataset(h5py, file, root, name, links)
+    Attributes:
+        root: the file as h5py has it.
+        links: the path of everything in it -> whether its last part is a hard link.
+    """
 
-    def listed(group: str) -> dict[str, Read]:
-        if not links.get(group):
-            raise LookupError(f"the file has no {group!r}.")
-        names = _strings(root[group].attrs, "weight_names")
-        return {name: reader(_joined(group, name)) for name in names}
+    def __init__(self, file: _Section, stack: contextlib.ExitStack) -> None:
+        self.h5py, self.file = require("h5py", "h5"), file
+        stack.enter_context(contextlib.closing(file))
+        # Without the buffer, h5py makes two system calls for each of its many small reads.
+        self.root = self.h5py.File(io.BufferedReader(file, _BLOCK), "r")
+        stack.enter_context(self.root)
+        self.has_user_block = self.root.userblock_size > 0
+        # In one pass: to open each group costs more than to read the arrays.
+        hard = self.h5py.h5l.TYPE_HARD
+        self.links: dict[str, bool] = {}
+        self.root.id.links.visit(
+            lambda name, info: self.links.update({name.decode(): info.type == hard}), info=True
+        )
 
-    top = "model_weights" if links.get("model_weights") else ""
-    names = _strings(root[top or "/"].attrs, "layer_names")
-    if top or names:
-        own = _joined(top, "top_level_model_weights")
-        store.layers = {layer: listed(_joined(top, layer)) for layer in dict.fromkeys(names)}
-        store.layers[""] = listed(own) if own in links else {}
-        return
-    found: dict[str, dict[str, Read]] = {}
-    for name in sorted(links):
-        parent, _, key = name.rpartition("/")
-        path, _, last = parent.rpartition("/")
-        if last == "vars":
-            found.setdefault(path, {})[key] = reader(name)
-    for path, arrays in found.items():
-        group = _joined(path, "vars")
-        _add(store, path, lambda group=group: _text(root[group].attrs.get("name", "")), arrays)
-
-
-def _add(store: Store, path: str, name: Callable[[], str], arrays: dict[str, Read]) -> None:
-    """Adds the variables of an object, or those of it that are in another file of the store."""
-    # So tf.keras 2.12 called the layers of a model.
-    parts = path.split("/")
-    path = "/".join("layers" if p == "_layer_checkpoint_dependencies" else p for p in parts)
-    known = store.groups.get(path)
-    arrays = arrays | (dict(known.arrays) if known else {})
-    # "10" comes after "9".
-    order = sorted(arrays, key=lambda key: (not key.isdecimal(), len(key), key))
-    store.groups[path] = Group(known.name if known else name, {key: arrays[key] for key in order})
-
-
-def _joined(*paths: str) -> str:
-    """Joins paths as HDF5 does: it ignores what is empty, and "."."""
-    return "/".join(part for path in paths for part in path.split("/") if part not in ("", "."))
-
-
-def _dataset(
-    h5py: Any, file: _Section, root: Any, path: str, links: Mapping[str, bool]
-) -> np.ndarray:
-    """Reads a dataset whose data is in this file, and not much larger than what is stored."""
-    for prefix in itertools.accumulate(path.split("/"), lambda a, b: f"{a}/{b}"):
-        if prefix not in links:
+    def strings(self, path: str, name: str) -> list[str]:
+        """Returns an attribute of a group; a long list is cut into several with numbered names."""
+        if path and not self.links.get(path):
             raise LookupError(f"the file has no {path!r}.")
-        if not links[prefix]:
-            raise ValueError(f"{path!r} is a link, which Keras does not write.")
-    dataset = h5py.h5o.open(root.id, path.encode())
-    is_dataset = isinstance(dataset, h5py.h5d.DatasetID)
-    # Where the data lies in one piece in this file; None for all else.
-    offset = dataset.get_offset() if is_dataset else None
-    if offset is None and not (is_dataset and _is_stored(h5py, dataset)):
-        raise ValueError(f"{path!r} must be an array in the file itself.")
-    shape, dtype = dataset.shape, dataset.dtype
-    size = math.prod(shape) * dtype.itemsize
-    if size > max(_SMALL, 1000 * dataset.get_storage_size()):
-        raise ValueError(f"{path!r} is {size} bytes of almost nothing.")
-    if dtype.kind not in "biufcV" or dtype.names or dtype.subdtype or dtype.hasobject:
-        raise ValueError(f"{path!r} must be an array of numbers, got {dtype}.")
-    result = np.empty(shape, dtype)
-    is_plain = h5py.h5t.py_create(dtype) == dataset.get_type() and not root.userblock_size
-    if is_plain and offset is not None and size:
-        if file.read_array(offset, result) != size:
+        attributes = self.root[path or "/"].attrs
+        numbered = (f"{name}{i}" for i in itertools.count())
+        keys = itertools.takewhile(attributes.__contains__, numbered)
+        if name in attributes:
+            keys = [name]
+        return [_text(value) for key in keys for value in np.ravel(attributes[key])]
+
+    def reader(self, path: str) -> Read:
+        """Returns the function that reads an array."""
+        return functools.partial(self._read, path)
+
+    def _read(self, path: str) -> np.ndarray:
+        """Reads an array that is in this file, and not much larger than what is stored."""
+        for prefix in itertools.accumulate(path.split("/"), lambda a, b: f"{a}/{b}"):
+            if prefix not in self.links:
+                raise LookupError(f"the file has no {path!r}.")
+            if not self.links[prefix]:
+                raise ValueError(f"{path!r} is a link, which Keras does not write.")
+        h5py = self.h5py
+        dataset = h5py.h5o.open(self.root.id, path.encode())
+        is_dataset = isinstance(dataset, h5py.h5d.DatasetID)
+        # Where the data lies in one piece in this file; None for all else.
+        offset = dataset.get_offset() if is_dataset else None
+        if offset is None and not (is_dataset and _is_stored(h5py, dataset)):
+            raise ValueError(f"{path!r} must be an array in the file itself.")
+        kind = dataset.get_type()
+        shape, dtype = dataset.shape, kind.dtype
+        size = math.prod(shape) * dtype.itemsize
+        if size > max(_SMALL, 1000 * dataset.get_storage_size()):
+            raise ValueError(f"{path!r} is {size} bytes of almost nothing.")
+        if dtype.kind not in "biufcV" or dtype.names or dtype.subdtype or dtype.hasobject:
+            raise ValueError(f"{path!r} must be an array of numbers, got {dtype}.")
+        result = np.empty(shape, dtype)
+        converted = h5py.h5t.py_create(dtype) != kind
+        if offset is None or not size or converted or self.has_user_block:
+            dataset.read(h5py.h5s.ALL, h5py.h5s.ALL, result)
+        elif self.file.read_at(offset, result.reshape(-1).view(np.uint8)) != size:
             raise EOFError(f"{path!r} ends after the file does.")
-    else:
-        dataset.read(h5py.h5s.ALL, h5py.h5s.ALL, result)
-    if dtype.kind == "V":
-        # So h5py has dtypes that HDF5 does not know. Keras writes the name beside.
-        attributes = h5py.Dataset(dataset).attrs
-        known = jnp.dtype(_text(attributes.get("dtype", "bfloat16")))
-        if known.itemsize != dtype.itemsize:
-            raise ValueError(f"{path!r} must be of the dtype {known}, got {dtype}.")
-        return result.view(known)
-    return result.astype(dtype.newbyteorder("="), copy=False)
+        if dtype.kind == "V":
+            # So h5py has dtypes that HDF5 does not know. Keras writes the name beside.
+            attributes = h5py.Dataset(dataset).attrs
+            known = jnp.dtype(_text(attributes.get("dtype", "bfloat16")))
+            if known.itemsize != dtype.itemsize:
+                raise ValueError(f"{path!r} must be of the dtype {known}, got {dtype}.")
+            return result.view(known)
+        return result.astype(dtype.newbyteorder("="), copy=False)
 
 
 def _is_stored(h5py: Any, dataset: Any) -> bool:
@@ -406,11 +340,56 @@ def _text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
-def _strings(attributes: Mapping[str, Any], name: str) -> list[str]:
-    """Returns a list of strings; a long one is cut into attributes with numbered names."""
-    numbered = (f"{name}{i}" for i in itertools.count())
-    keys = [name] if name in attributes else itertools.takewhile(attributes.__contains__, numbered)
-    return [_text(value) for key in keys for value in np.ravel(attributes[key])]
+def _joined(*paths: str) -> str:
+    """Joins paths as HDF5 does: it ignores what is empty, and "."."""
+    return "/".join(part for path in paths for part in path.split("/") if part not in ("", "."))
+
+
+def _hdf5(store: Store, section: _Section, stack: contextlib.ExitStack) -> None:
+    """Adds what is in an HDF5 file, in any of Keras's layouts."""
+    file = _Hdf5(section, stack)
+    attributes = file.root.attrs
+    if "model_config" in attributes:
+        store.config = _text(attributes["model_config"])
+    if "keras_version" in attributes:
+        store.version = _text(attributes["keras_version"])
+
+    def listed(group: str) -> dict[str, Read]:
+        names = file.strings(group, "weight_names")
+        return {name: file.reader(_joined(group, name)) for name in names}
+
+    top = "model_weights" if file.links.get("model_weights") else ""
+    layers = file.strings(top, "layer_names")
+    if top or layers:
+        own = _joined(top, "top_level_model_weights")
+        store.layers = {layer: listed(_joined(top, layer)) for layer in dict.fromkeys(layers)}
+        store.layers[""] = listed(own) if own in file.links else {}
+        return
+    found: dict[str, dict[str, Read]] = {}
+    for name in sorted(file.links):
+        parent, _, key = name.rpartition("/")
+        path, _, last = parent.rpartition("/")
+        if last == "vars":
+            found.setdefault(path, {})[key] = file.reader(name)
+    for path, arrays in found.items():
+        _add(store, path, functools.partial(_name_of, file, _joined(path, "vars")), arrays)
+
+
+def _name_of(file: _Hdf5, group: str) -> str:
+    """Returns the name of a saved object, which newer versions of Keras write beside its arrays."""
+    return _text(file.root[group].attrs.get("name", "")) if file.links[group] else ""
+
+
+def _add(store: Store, path: str, name: Callable[[], str], arrays: dict[str, Read]) -> None:
+    """Adds the variables of an object, or those of it that are in another file of the store."""
+    # So tf.keras 2.12 called the layers of a model.
+    parts = path.split("/")
+    path = "/".join("layers" if p == "_layer_checkpoint_dependencies" else p for p in parts)
+    known = store.groups.get(path)
+    arrays = arrays | (dict(known.arrays) if known else {})
+    # "10" comes after "9".
+    order = sorted(arrays, key=lambda key: (not key.isdecimal(), len(key), key))
+    store.groups[path] = Group(known.name if known else name, {key: arrays[key] for key in order})
 
 
 def _shards(
