@@ -21,6 +21,7 @@ from flax_dwconv import (
     _config,
     _geometry,
     _lowering,
+    _mesh,
     activations,
     functional,
 )
@@ -477,14 +478,24 @@ class Separable(Settings):
         # better as one.
         axis = self._window.channel_axis % y.ndim
         matrix = pointwise_kernel.reshape(pointwise_kernel.shape[-2:])
-        product = lax.dot_general(
-            y,
-            matrix,
-            (((axis,), (0,)), ((), ())),
-            precision=_geometry.precision(self.precision),
-            preferred_element_type=_accumulator(y.dtype),
-        )
-        return jnp.moveaxis(product.astype(y.dtype), -1, axis)
+        precision = _geometry.precision(self.precision)
+
+        def product(y: jax.Array, matrix: jax.Array) -> jax.Array:
+            z = lax.dot_general(
+                y,
+                matrix,
+                (((axis,), (0,)), ((), ())),
+                precision=precision,
+                preferred_element_type=_accumulator(y.dtype),
+            )
+            return jnp.moveaxis(z.astype(y.dtype), -1, axis)
+
+        def result(image: Sequence[_mesh.Part], matrix: Sequence[_mesh.Part]) -> _mesh.Result:
+            shape, parts = list(y.shape), list(image)
+            shape[axis], parts[axis] = self.filters, matrix[1]
+            return shape, parts
+
+        return _mesh.on_automatic_axes(product, result, y, matrix)
 
 
 def _accumulator(dtype: jnp.dtype) -> Any:

@@ -5,7 +5,7 @@ Short pieces of a causal sequence, and packed documents, are sums of shifted inp
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec
 
 import jax
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from flax_dwconv import _geometry, _lowering
+from flax_dwconv import _geometry, _lowering, _mesh
 
 _P = ParamSpec("_P")
 
@@ -99,23 +99,45 @@ def depthwise_conv(
     if x.ndim <= rank:
         raise ValueError(f"`x` must have shape (*batch, {window.input_axes()}), got {x.shape}.")
     _check_operands(x, kernel, window)
-    window.output_shape(x.shape, c * m)  # raises where the kernel does not fit
+    shape = window.output_shape(x.shape, c * m)  # raises where the kernel does not fit
 
+    def conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return _convolve(x, kernel, window, method, precision, preferred_element_type)
+
+    def result(x: Sequence[_mesh.Part], kernel: Sequence[_mesh.Part]) -> _mesh.Result:
+        parts = list(x)
+        parts[window.channel_axis] = parts[window.channel_axis] or kernel[-2]
+        return shape, parts
+
+    return _mesh.on_automatic_axes(conv, result, x, kernel)
+
+
+def _convolve(
+    x: jax.Array,
+    kernel: jax.Array,
+    window: _geometry.Window,
+    method: _geometry.Method,
+    precision: _geometry.Precision,
+    preferred_element_type: DTypeLike | None,
+) -> jax.Array:
+    """Returns the convolution of operands that fit."""
+    (c, m), rank = kernel.shape[-2:], window.rank
     batch = x.shape[: -rank - 1]
     x = x.reshape(math.prod(batch), *x.shape[-rank - 1 :])
     pads = window.explicit_padding
     if not isinstance(pads, str) and min(map(min, pads)) < 0:
-        # XLA:CPU's kernel gradient is wrong for some pads that crop one end and add to the other
-        # (jaxlib 0.10.2: 6 rows, a kernel of 3, pads (-1, 1)). With any negative pad, we therefore
-        # pad and crop before the convolution.
+        # Up to jax 0.11.2, XLA:CPU is wrong for some pads that crop one end and add to the other:
+        # with 6 rows, 3 taps and pads (-1, 1), the kernel gradient in 1-D and 2-D, and in 2-D the
+        # result (`findings/pads-that-crop-and-add.sh`). With any negative pad, we therefore pad and
+        # crop before the convolution.
         config = [(0, 0, 0)] * (rank + 2)
         for axis, (before, after) in zip(window.spatial_axes, pads, strict=True):
             config[axis] = (before, after, 0)
         x, pads = lax.pad(x, jnp.zeros((), x.dtype), config), "VALID"
-    with _lowering.method_scope(method):
+    with _lowering.method_scope(method, x, kernel):
         y = lax.conv_general_dilated(
             x,
-            kernel.reshape(*kernel_size, 1, c * m),
+            kernel.reshape(*window.kernel_size, 1, c * m),
             window_strides=window.strides,
             padding=pads,
             rhs_dilation=window.dilation_rate,
@@ -353,21 +375,52 @@ def causal_conv1d(
     if segment_ids is not None and state is not None:
         raise ValueError("`segment_ids` and `state` exclude each other, got both.")
     shape = (*x.shape[:-2], window.effective_size[0] - 1, x.shape[-1])
-    before = jnp.zeros(shape, x.dtype) if state is None else _state(state, x, shape)
-    length, k = x.shape[-2], kernel.shape[0]
-    short = isinstance(length, int) and length <= _SHORT and k <= _UNROLLED and method != "lax"
+    optional = {}
+    if state is not None:
+        optional["state"] = _state(state, x, shape)
+    if segment_ids is not None:
+        optional["ids"] = _segments(segment_ids, x)
     conv = functools.partial(
         depthwise_conv, dilation_rate=dilation_rate, precision=precision, method=method
     )
-    if segment_ids is not None:
-        y = _sum_of_shifts(x, kernel, before, window, _segments(segment_ids, x))
-    elif short:
-        y = _sum_of_shifts(x, kernel, before, window)
+
+    def causal(x: jax.Array, kernel: jax.Array, *values: jax.Array) -> list[jax.Array]:
+        given = dict(zip(optional, values, strict=True))
+        return _causal(conv, x, kernel, window, given.get("state"), given.get("ids"), method)
+
+    def results(
+        x: Sequence[_mesh.Part], kernel: Sequence[_mesh.Part], *_: Any
+    ) -> list[_mesh.Result]:
+        y = (*x[:-1], x[-1] or kernel[-2])
+        features = kernel_shape[-2] * kernel_shape[-1]
+        return [((*x_shape[:-1], features), y), (shape, (*x[:-2], None, x[-1]))]
+
+    x_shape, kernel_shape = x.shape, kernel.shape
+    y, state = _mesh.on_automatic_axes(causal, results, x, kernel, *optional.values())
+    return y, state
+
+
+def _causal(
+    conv: Callable[..., jax.Array],
+    x: jax.Array,
+    kernel: jax.Array,
+    window: _geometry.Window,
+    state: jax.Array | None,
+    segment_ids: jax.Array | None,
+    method: _geometry.Method,
+) -> list[jax.Array]:
+    """Returns `causal_conv1d` of operands that fit."""
+    shape = (*x.shape[:-2], window.effective_size[0] - 1, x.shape[-1])
+    before = jnp.zeros(shape, x.dtype) if state is None else state
+    length, k = x.shape[-2], kernel.shape[0]
+    short = isinstance(length, int) and length <= _SHORT and k <= _UNROLLED and method != "lax"
+    if short or segment_ids is not None:
+        y = _sum_of_shifts(x, kernel, before, window, segment_ids)
     elif state is None:
         y = conv(x, kernel, padding="causal")
     else:
         y = _continued(conv, x, kernel, before)
-    return y, next_state(x, before)
+    return [y, next_state(x, before)]
 
 
 def _state(state: ArrayLike, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -387,6 +440,14 @@ def _state(state: ArrayLike, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 def next_state(x: jax.Array, state: jax.Array) -> jax.Array:
     """Returns the last inputs, as many as `state` holds, of `state` followed by `x`."""
+
+    def result(x: Sequence[_mesh.Part], _: Sequence[_mesh.Part]) -> _mesh.Result:
+        return state.shape, (*x[:-2], None, x[-1])
+
+    return _mesh.on_automatic_axes(_last_inputs, result, x, state)
+
+
+def _last_inputs(x: jax.Array, state: jax.Array) -> jax.Array:
     history, length = state.shape[-2], x.shape[-2]
     if not isinstance(length, int):  # symbolic, and comparable with nothing
         both = lax.concatenate([state, x.astype(state.dtype)], x.ndim - 2)

@@ -199,30 +199,14 @@ def test_shard_map_with_checks(case, layout, gradients_inside, eight):
     check(eight(in_shard_map, case, layout, gradients_inside), case, layout)
 
 
-def attempt(*args):
-    """The report of `on_mesh`, or why JAX refuses."""
-    try:
-        return on_mesh(*args)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-
-
 @pytest.mark.parametrize("case", ["3x3", "11x11", "5x5 multiplier 2"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_explicit_sharding_goes_as_far_as_jax(layout, case, eight):
-    """Where JAX wants to be told the sharding of the result, it refuses us alike."""
-    ours, plain = (
-        eight(attempt, case, layout, method, AxisType.Explicit) for method in ("auto", "lax")
-    )
-    assert isinstance(plain, Report) == (layout not in ["channels", "batch and channels"])
-    if isinstance(plain, Report):
-        assert isinstance(ours, Report), ours
-        assert ours.shards == plain.shards
-        jax.tree.map(np.testing.assert_array_equal, ours.values, plain.values)
-    else:
-        assert ours == plain
-    if layout == "batch":
-        check(ours, case, layout)
+def test_explicit_axes(layout, case, eight):
+    """They are those of the mesh that `jax.make_mesh` makes by default."""
+    found = eight(on_mesh, case, layout, "auto", AxisType.Explicit)
+    if layout in LOCAL:
+        check(found, case, layout)
+    jax.tree.map(np.testing.assert_array_equal, found.values, list(expected(case)))
 
 
 def pointwise_on_mesh():

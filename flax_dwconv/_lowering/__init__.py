@@ -20,6 +20,8 @@ import threading
 from collections.abc import Callable
 from typing import Any, Literal, overload
 
+import jax
+
 from flax_dwconv._lowering import plan, program, rule
 
 Method = Literal["auto", "lax", "taps"]
@@ -106,16 +108,20 @@ def _innermost(f: Any) -> Any:
     return f
 
 
-def method_scope(method: Method) -> contextlib.AbstractContextManager:
+def method_scope(method: Method, *operands: Any) -> contextlib.AbstractContextManager:
     """Returns the context under which `depthwise_conv` traces its convolution.
 
     Args:
       method: "auto" has it compiled as taps on CPU; "taps" on every platform; "lax" leaves it to
         XLA. Outside of `accelerate` that needs no tag, so that the program has nothing of this
-        package in it. The exception: if a function is traced outside of `accelerate` and
-        differentiated inside, the convolutions of the derivative get the tag of `accelerate`.
+        package in it. Two exceptions: if a function is traced outside of `accelerate` and
+        differentiated inside, the convolutions of the derivative get the tag of `accelerate`. And
+        where XLA's kernel gradient may be wrong (`plan.Convolution.on_grid`), the tag says that
+        this gradient is to be computed here.
+      *operands: of the convolution.
     """
-    if method == "lax" and not _depth.value:
+    on_grid = any(rule.is_grid(jax.typeof(operand).sharding.mesh) for operand in operands)
+    if method == "lax" and not (_depth.value or on_grid):
         return contextlib.nullcontext()
     return rule.tagging(_TAGS[method])
 

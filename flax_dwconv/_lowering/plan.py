@@ -31,7 +31,8 @@ from flax_dwconv._lowering.tuning import Tuning
 # "depthwise": traced inside `accelerate`, compiled here on CPU if it is depthwise.
 # "separable": traced inside `accelerate(pointwise=True)`; if it is pointwise, too.
 # "taps": made by `depthwise_conv`, compiled here on every platform.
-# "xla": never compiled here. Without a tag, derivatives traced inside `accelerate` would get its.
+# "xla": made by `depthwise_conv` and left to XLA, but see `Convolution.on_grid`. Without a tag,
+# derivatives traced inside `accelerate` would get its.
 Tag = Literal["ours", "depthwise", "separable", "taps", "xla"]
 Kind = Literal["forward", "input gradient", "kernel gradient", "product"]
 
@@ -78,6 +79,13 @@ class Convolution:
       batch_groups: groups of the batch of `lhs`.
       tag: what it was traced under.
       on_cpu: whether it is compiled for CPU.
+      on_grid: whether it is partitioned over a mesh of two axes or more. If the batch is sharded
+        over some of them and nothing over the others, XLA's partitioner makes the kernel gradient
+        of a grouped convolution too large, as many times as the others have devices: it adds up the
+        parts of all devices, also of those that hold the same images (seen in jax 0.10.2, 0.11.2
+        and 0.12.0.1, for CPU, CUDA and TPU; `findings/grouped-kernel-gradient-on-a-mesh.sh`).
+        Whether it will be so is not known before the program is partitioned. So there, the kernel
+        gradients of `depthwise_conv` are sums over taps on every platform and for every method.
     """
 
     lhs: Operand
@@ -91,6 +99,7 @@ class Convolution:
     batch_groups: int
     tag: Tag
     on_cpu: bool = True
+    on_grid: bool = False
 
     @property
     def operands(self) -> tuple[Operand, Operand, Operand]:
@@ -182,7 +191,7 @@ def plan(convolution: Convolution, tuning: Tuning) -> Plan:
     # grouped convolutions have values above 1 too, so we accept them only if the tag says that
     # `depthwise_conv2d` made the convolution.
     features = n if gradient else q
-    depthwise = min(features, m) == 1 or convolution.tag in ("ours", "taps")
+    depthwise = min(features, m) == 1 or convolution.tag in ("ours", "taps", "xla")
     # With one group, every convolution looks like a depthwise one of one channel. It is XLA's,
     # unless taps were asked for.
     if not depthwise or (groups == 1 and convolution.tag != "taps"):
@@ -232,9 +241,12 @@ def plan(convolution: Convolution, tuning: Tuning) -> Plan:
 def _unsuitable(convolution: Convolution) -> str | None:
     """Returns why a convolution is left to XLA whatever its geometry is, or None."""
     operands = convolution.operands
-    if convolution.tag == "xla":
+    # See `on_grid`. What `accelerate` tagged is not ours to change on other platforms.
+    wrong = convolution.on_grid and convolution.batch_groups > 1
+    if convolution.tag == "xla" and not wrong:
         return "tagged to be left to XLA"
-    if not convolution.on_cpu and convolution.tag != "taps":
+    ours = convolution.tag in ("ours", "xla")
+    if not convolution.on_cpu and convolution.tag != "taps" and not (ours and wrong):
         return "not for CPU, and not asked for there"
     if len(convolution.lhs.spec) < 3:
         return "no spatial dimensions"

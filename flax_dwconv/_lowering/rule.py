@@ -6,7 +6,8 @@ This is the only file that touches what JAX does not promise to keep:
 - `jax.interpreters.mlir.register_lowering` and `.lower_fun`;
 - `jax.interpreters.mlir._platform_specific_lowerings` and `._lowerings`: the earlier rules;
 - `LoweringRuleContext.jaxpr_eqn_ctx.xla_metadata`, where a rule reads the tag, `.avals_in` and
-  `.avals_out`, whose elements have a `shape`, `dtype` and `sharding.spec`;
+  `.avals_out`, whose elements have a `shape`, `dtype`, `sharding.spec` and `sharding.mesh`, and
+  `.module_context.axis_context.num_devices`;
 - the parameters of `lax.conv_general_dilated_p`: `window_strides`, `padding`, `lhs_dilation`,
   `rhs_dilation`, `dimension_numbers`, `feature_group_count`, `batch_group_count`, `precision`.
 
@@ -22,6 +23,7 @@ from typing import Any
 
 import jax
 from jax import lax
+from jax.sharding import AxisType
 
 from flax_dwconv._lowering import plan
 
@@ -112,8 +114,8 @@ def _read(ctx: Any, params: Mapping[str, Any], on_cpu: bool) -> tuple[plan.Convo
 
     Where JAX has given something another name or form, it raises what that raises.
     """
-    tag = (ctx.jaxpr_eqn_ctx.xla_metadata or {}).get(_KEY, "xla")
-    if tag == "xla":
+    tag = (ctx.jaxpr_eqn_ctx.xla_metadata or {}).get(_KEY)
+    if tag is None:
         return None
     (lhs, rhs), (out,) = ctx.avals_in, ctx.avals_out
     lhs, rhs, out = map(_operand, (lhs, rhs, out), params["dimension_numbers"])
@@ -129,8 +131,31 @@ def _read(ctx: Any, params: Mapping[str, Any], on_cpu: bool) -> tuple[plan.Convo
         batch_groups=params["batch_group_count"],
         tag=tag,
         on_cpu=on_cpu,
+        on_grid=_on_grid(ctx),
     )
     return convolution, params["precision"]
+
+
+def is_grid(mesh: Any) -> bool:
+    """Whether two axes or more of a mesh, each of several devices, are left to XLA's partitioner.
+
+    Manual axes, those of `jax.shard_map`, are not: there a program is for one device.
+    """
+    kinds = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    return sum(size > 1 and kind != AxisType.Manual for size, kind in kinds) > 1
+
+
+def _on_grid(ctx: Any) -> bool:
+    """Whether the program of a rule is, or may be, for a grid of devices.
+
+    The mesh is unknown if shardings are only given to `jax.jit`, as `in_shardings`. The number of
+    devices is known then: 4 or more can be a grid.
+    """
+    meshes = [aval.sharding.mesh for aval in ctx.avals_in if not aval.sharding.mesh.empty]
+    if meshes:
+        return any(map(is_grid, meshes))
+    axes = ctx.module_context.axis_context
+    return (getattr(axes, "num_devices", None) or 1) > 3
 
 
 def _operand(aval: Any, spec: Sequence[int]) -> plan.Operand:
