@@ -197,6 +197,14 @@ def test_a_grid_of_devices_has_the_kernel_gradient_of_our_own_computed_here(tag,
     assert (found.kind == "kernel gradient") == (on_cpu or tag in ("ours", "taps", "xla"))
 
 
+@pytest.mark.parametrize("tag", ["ours", "xla"])
+def test_a_grid_of_devices_leaves_no_kernel_gradient_to_xla_because_of_its_size(tag):
+    """Images of one window each, and millions of results."""
+    sizes = dict(n=64, size=4, c=4096, k=4, stride=4, m=80)
+    assert planned(kernel_gradient(**sizes)).algorithm is None
+    assert planned(kernel_gradient(**sizes, tag=tag, on_grid=True)).algorithm
+
+
 def test_features_on_both_sides_are_accepted_of_our_own_only():
     """As `vmap` over one operand makes them."""
     changes = dict(rhs=operand((3, 3, 2, 32), KERNEL), feature_groups=16)

@@ -120,7 +120,7 @@ def method_scope(method: Method, *operands: Any) -> contextlib.AbstractContextMa
         this gradient is to be computed here.
       *operands: of the convolution.
     """
-    on_grid = any(rule.is_grid(jax.typeof(operand).sharding.mesh) for operand in operands)
+    on_grid = rule.on_grid(map(jax.typeof, operands), jax.device_count())
     if method == "lax" and not (_depth.value or on_grid):
         return contextlib.nullcontext()
     return rule.tagging(_TAGS[method])

@@ -18,7 +18,7 @@ import contextlib
 import functools
 import numbers
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -131,31 +131,30 @@ def _read(ctx: Any, params: Mapping[str, Any], on_cpu: bool) -> tuple[plan.Convo
         batch_groups=params["batch_group_count"],
         tag=tag,
         on_cpu=on_cpu,
-        on_grid=_on_grid(ctx),
+        on_grid=on_grid(ctx.avals_in, _devices(ctx)),
     )
     return convolution, params["precision"]
 
 
-def is_grid(mesh: Any) -> bool:
-    """Whether two axes or more of a mesh, each of several devices, are left to XLA's partitioner.
+def on_grid(types: Iterable[Any], devices: int) -> bool:
+    """Whether a program is, or may be, partitioned over a mesh of two axes or more.
 
-    Manual axes, those of `jax.shard_map`, are not: there a program is for one device.
+    Axes of one device do not count, nor do manual ones, those of `jax.shard_map`: there a program
+    is for one device.
+
+    Args:
+      types: of arrays in it. They do not name the mesh if the shardings are only given to
+        `jax.jit`, as `in_shardings`. Then 4 devices or more may be a grid.
+      devices: how many it may be for.
     """
-    kinds = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
-    return sum(size > 1 and kind != AxisType.Manual for size, kind in kinds) > 1
+    meshes = [aval.sharding.mesh for aval in types if not aval.sharding.mesh.empty]
+    kinds = [zip(mesh.axis_sizes, mesh.axis_types, strict=True) for mesh in meshes]
+    shared = [sum(size > 1 and kind != AxisType.Manual for size, kind in axes) for axes in kinds]
+    return max(shared) > 1 if shared else devices > 3
 
 
-def _on_grid(ctx: Any) -> bool:
-    """Whether the program of a rule is, or may be, for a grid of devices.
-
-    The mesh is unknown if shardings are only given to `jax.jit`, as `in_shardings`. The number of
-    devices is known then: 4 or more can be a grid.
-    """
-    meshes = [aval.sharding.mesh for aval in ctx.avals_in if not aval.sharding.mesh.empty]
-    if meshes:
-        return any(map(is_grid, meshes))
-    axes = ctx.module_context.axis_context
-    return (getattr(axes, "num_devices", None) or 1) > 3
+def _devices(ctx: Any) -> int:
+    return getattr(ctx.module_context.axis_context, "num_devices", None) or 1
 
 
 def _operand(aval: Any, spec: Sequence[int]) -> plan.Operand:
