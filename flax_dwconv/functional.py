@@ -61,7 +61,9 @@ def depthwise_conv(
       preferred_element_type: dtype of the accumulation and the result; None is the dtype of `x`.
       method: "auto" compiles the convolution as a sum over kernel taps on CPU, where that is
         faster than XLA's convolution, and leaves it to XLA on GPU and TPU; "taps" compiles the sum
-        over taps on every platform; "lax" leaves the convolution to XLA on every platform.
+        over taps on every platform; "lax" leaves the convolution to XLA on every platform. The
+        exception is the kernel gradient on a mesh of two axes, where XLA's may be wrong: it is a
+        sum over taps.
 
     Returns:
       `(*batch, *space, c*m)` or `(*batch, c*m, *space)`; filter `m` of channel `c` is at `c*M + m`.

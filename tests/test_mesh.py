@@ -25,7 +25,13 @@ from flax_dwconv import accelerate, causal_conv1d, depthwise_conv, regularizers,
 EXPLICIT, AUTO = AxisType.Explicit, AxisType.Auto
 METHODS = ["auto", "lax", "taps"]
 # XLA's kernel gradient is wrong on automatic axes, and on explicit ones that are made automatic.
-METHODS_AND_KINDS = [*itertools.product(METHODS, [EXPLICIT]), ("auto", AUTO), ("lax", AUTO)]
+METHODS_AND_KINDS = [
+    ("auto", EXPLICIT),
+    ("lax", EXPLICIT),
+    ("lax", AUTO),
+    pytest.param("auto", AUTO, marks=pytest.mark.slow),
+    pytest.param("taps", EXPLICIT, marks=pytest.mark.slow),
+]
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +157,7 @@ def test_every_method(rank, method, kind, four):
     check(four(function_on_mesh, rank, method, kinds, 1, names, where), rank, kinds)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["auto", "lax", pytest.param("taps", marks=pytest.mark.slow)])
 def test_every_transformation(method, four):
     kinds = (EXPLICIT, EXPLICIT)
     names = ["jvp", "grad", "remat", "vmap", "scan"]
@@ -193,7 +199,7 @@ def eagerly(kinds, with_mesh):
                     equal(f(*placed), f(*args))
 
 
-@pytest.mark.parametrize("with_mesh", [True, False])
+@pytest.mark.parametrize("with_mesh", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", [EXPLICIT, AUTO])
 def test_without_jit(kind, with_mesh, four):
     four(eagerly, (kind, kind), with_mesh)
