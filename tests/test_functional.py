@@ -533,7 +533,8 @@ PADDED = {
 
 
 @pytest.mark.parametrize(
-    ("rows", "pads"), [(6, (-1, 1)), (6, (-2, 2)), (7, (-3, 3)), (7, (-2, 1)), (6, (2, -2))]
+    ("rows", "pads"),
+    [(6, (-1, 1)), (6, (-2, 2)), (7, (-3, 3)), (7, (-2, 1)), (6, (1, -1)), (6, (2, -2))],
 )
 @pytest.mark.parametrize("rank", [1, 2, 3])
 @pytest.mark.parametrize("conv", PADDED.values(), ids=list(PADDED))
