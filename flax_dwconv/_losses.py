@@ -73,8 +73,7 @@ def total_loss(losses: Any) -> jax.Array:
 
 
 _LOST = (
-    ' `apply` returns no "losses" where no layer sowed a penalty: where no layer has a regularizer,'
-    " or where a transformation such as `nn.scan` was not told of the collection."
+    ' `apply` returns no "losses" where no layer sowed a penalty; `total_loss(state)` is 0 then.'
 )
 
 

@@ -175,8 +175,10 @@ class DepthwiseConv2D(_layer.Depthwise, _Module):
     Penalties of the regularizers are sown in the collection "losses", as float32 scalars under the
     names "activity_penalty" (of the output after the activation, divided by the batch size),
     "kernel_penalty" and "bias_penalty", whenever `apply` has it mutable; `init` sows none.
-    `total_loss` sums them. Constraints are stored; `collect_constraints` finds them, and an
-    optimizer with `constrain` applies them.
+    `total_loss` sums them. A layer that is called twice adds up its activities and counts its
+    weights once. Where `nn.scan` or `nn.vmap` would count the same weights several times, or would
+    lose the penalties, an error says what to write. Constraints are stored; `collect_constraints`
+    finds them, and an optimizer with `constrain` applies them.
 
     Attributes:
       kernel_size: height and width of the filters, one int > 0 or two.
@@ -216,7 +218,8 @@ class DepthwiseConv2D(_layer.Depthwise, _Module):
 
     Raises:
       ValueError: when constructed, for a value that has no meaning; when called, for an input whose
-        rank is not 4, whose channels do not fit the parameters, or that is smaller than the kernel.
+        rank is not 4, whose channels do not fit the parameters, or that is smaller than the kernel;
+        and for penalties that a transformation loses or would count several times.
       TypeError: for a value of a wrong type.
 
     Example:

@@ -322,8 +322,9 @@ class DepthwiseConv2D(_Depthwise):
 
     A layer with penalties is changed by a call, so that it has to be an argument of `nnx.jit` and
     the like, not a part of the function's closure. `nnx.scan` keeps the penalties of a layer that
-    all steps share if it carries them, `in_axes=nnx.StateAxes({Loss: nnx.Carry, ...: None})`; with
-    `in_axes=None` it drops every change without a word. `with_penalties` is pure.
+    all steps share if it carries them, `in_axes=nnx.StateAxes({Loss: nnx.Carry, ...: None})`, or
+    with `in_axes=None` and `graph=False`; without `graph=False` it drops every change of a variable
+    there, and says nothing. `with_penalties` is pure.
 
     Args:
       in_features: `c`, the number of input channels.

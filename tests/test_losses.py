@@ -98,10 +98,7 @@ WANTED = (
     '`losses` must be a collection of penalties, a dict that has "losses", an nnx model or its '
     "state, got "
 )
-LOST = (
-    ' `apply` returns no "losses" where no layer sowed a penalty: where no layer has a regularizer,'
-    " or where a transformation such as `nn.scan` was not told of the collection."
-)
+LOST = ' `apply` returns no "losses" where no layer sowed a penalty; `total_loss(state)` is 0 then.'
 KERNEL = np.ones((3, 3, 3, 1), "f4")
 REFUSED = [
     (None, TypeError, f"None.{LOST}"),

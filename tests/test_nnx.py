@@ -499,20 +499,18 @@ def test_scan_over_layers():
 @pytest.mark.parametrize("jit", [lambda f: f, nnx.jit])
 def test_scan_over_time(jit):
     """A carried layer is called once a step, and so has the penalties of the last step."""
-    layer, loop = (build(**PENALISED) for _ in range(2))
+    loop = build(**PENALISED)
     x = y = oracle.normals(0, 2, 6, 6, 3)
-    carried = nnx.StateAxes({Loss: nnx.Carry, ...: None})
-
-    @jit
-    def run(x, layer):
-        axes = dict(in_axes=(nnx.Carry, carried), out_axes=nnx.Carry, length=4)
-        return nnx.scan(lambda x, layer: layer(x), **axes)(x, layer)
-
     for _ in range(4):
         y = loop(y)
-    np.testing.assert_allclose(run(x, layer), y, rtol=1e-4, atol=1e-6)
-    for name, value in losses(loop).items():
-        np.testing.assert_allclose(layer.losses[name][...], value, rtol=1e-4)
+    carried = nnx.StateAxes({Loss: nnx.Carry, ...: None})
+    for axis, how in [(carried, {}), (None, dict(graph=False))]:
+        axes = dict(in_axes=(nnx.Carry, axis), out_axes=nnx.Carry, length=4)
+        run = jit(nnx.scan(lambda x, layer: layer(x), **axes, **how))
+        layer = build(**PENALISED)
+        np.testing.assert_allclose(run(x, layer), y, rtol=1e-4, atol=1e-6)
+        for name, value in losses(loop).items():
+            np.testing.assert_allclose(layer.losses[name][...], value, rtol=1e-4)
     _, penalties = jax.lax.scan(lambda x, _: loop.with_penalties(x), x, None, length=4)
     assert penalties["kernel_penalty"].shape == (4,)
     np.testing.assert_allclose(
