@@ -291,11 +291,11 @@ class _Hdf5:
 
     def _read(self, path: str) -> np.ndarray:
         """Reads an array that is in this file, and not much larger than what is stored."""
-        for prefix in itertools.accumulate(path.split("/"), lambda a, b: f"{a}/{b}"):
-            if prefix not in self.links:
-                raise LookupError(f"the file has no {path!r}.")
-            if not self.links[prefix]:
+        if not self.links.get(path):
+            prefixes = itertools.accumulate(path.split("/"), lambda a, b: f"{a}/{b}")
+            if any(self.links.get(prefix) is False for prefix in prefixes):
                 raise ValueError(f"{path!r} is a link, which Keras does not write.")
+            raise LookupError(f"the file has no {path!r}.")
         h5py = self.h5py
         dataset = h5py.h5o.open(self.root.id, path.encode())
         is_dataset = isinstance(dataset, h5py.h5d.DatasetID)
