@@ -266,7 +266,6 @@ class _Hdf5:
         # Without the buffer, h5py makes two system calls for each of its many small reads.
         self.root = self.h5py.File(io.BufferedReader(file, _BLOCK), "r")
         stack.enter_context(self.root)
-        self.has_user_block = self.root.userblock_size > 0
         # In one pass: to open each group costs more than to read the arrays.
         hard = self.h5py.h5l.TYPE_HARD
         self.links: dict[str, bool] = {}
@@ -312,7 +311,7 @@ class _Hdf5:
             raise ValueError(f"{path!r} must be an array of numbers, got {dtype}.")
         result = np.empty(shape, dtype)
         converted = h5py.h5t.py_create(dtype) != kind
-        if offset is None or not size or converted or self.has_user_block:
+        if offset is None or not size or converted:
             dataset.read(h5py.h5s.ALL, h5py.h5s.ALL, result)
         elif self.file.read_at(offset, result.reshape(-1).view(np.uint8)) != size:
             raise EOFError(f"{path!r} ends after the file does.")

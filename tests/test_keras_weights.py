@@ -1,6 +1,7 @@
 """Every array of Keras's files, by name: of Keras 3, and rebuilt in the layout of Keras 2."""
 
 import importlib
+import io
 import json
 import pickle
 import shutil
@@ -197,8 +198,11 @@ def test_attention_is_one_layer_with_parts(keras, tmp_path):
     multi = keras.layers.MultiHeadAttention(2, 3, name="multi")
     group = keras.layers.GroupQueryAttention(3, 4, 2, use_bias=False, name="group")
     model = filled(keras.Model([a, b], [multi(a, b), group(a, b)]))
-    for name in ("m.keras", "m.h5"):
-        found = keras_io.weights(save(model, tmp_path / name))
+    for name in ("m.keras", "m.h5", "nameless.keras"):
+        path = save(model, tmp_path / name)
+        if name.startswith("nameless"):
+            nameless(path)
+        found = keras_io.weights(path)
         for layer in (multi, group):
             paths = [w.path.partition("/")[2] for w in layer.weights]
             assert list(found[layer.name][2]) == paths
@@ -480,6 +484,19 @@ def test_pickles_are_not_executed(keras, tmp_path):
             keras_io.weights(with_npz(path, contents))
 
 
+def nameless(path):
+    """Removes the names of layers beside their arrays, which Keras did not write at first."""
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    stream = io.BytesIO(entries["model.weights.h5"])
+    with h5py.File(stream, "r+") as file:
+        file.visititems(lambda name, found: found.attrs.pop("name", None))
+    entries["model.weights.h5"] = stream.getvalue()
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data)
+
+
 def test_lists_in_lists(keras, tmp_path):
     """Keras counts the lists in a list as "container", "container_1"."""
 
@@ -512,7 +529,9 @@ def test_lists_in_lists(keras, tmp_path):
 
     blocks = Blocks([[depthwise("a"), depthwise("b")], [depthwise("c")]], name="blocks")
     model = filled(keras.Sequential([keras.layers.Input((8, 8, 3)), blocks]))
-    loaded = keras_io.load(save(model, tmp_path / "m.keras"))
+    path = save(model, tmp_path / "m.keras")
+    nameless(path)
+    loaded = keras_io.load(path)
     assert list(loaded) == ["blocks/a", "blocks/b", "blocks/c"]
     for (_, variables), layer in zip(loaded.values(), sum(blocks.blocks, []), strict=True):
         np.testing.assert_array_equal(variables["params"]["kernel"], layer.kernel)
