@@ -37,13 +37,13 @@ class Found:
     problem: str = ""
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Reads all variables, as arrays whose memory is contiguous.
+        """Reads all variables, as contiguous arrays.
 
         Raises:
             ValueError: if one is missing or damaged, or there are more or fewer than the config
                 says.
         """
-        arrays = {name: np.asarray(read(), order="C") for name, read in self.variables.items()}
+        arrays = {name: read() for name, read in self.variables.items()}
         if self.problem:
             raise ValueError(self.problem)
         return arrays
