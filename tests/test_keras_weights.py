@@ -490,7 +490,11 @@ def nameless(path):
         entries = {name: archive.read(name) for name in archive.namelist()}
     stream = io.BytesIO(entries["model.weights.h5"])
     with h5py.File(stream, "r+") as file:
-        file.visititems(lambda name, found: found.attrs.pop("name", None))
+        named = []
+        file.visititems(lambda name, found: named.append(found) if "name" in found.attrs else None)
+        assert named
+        for group in named:
+            del group.attrs["name"]
     entries["model.weights.h5"] = stream.getvalue()
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in entries.items():
@@ -577,6 +581,22 @@ def test_state_is_no_weight(keras, tmp_path):
         found = keras_io.weights(path)
         check(found, wanted(model))
         assert len(found) == 2
+
+
+def test_seeds_as_older_versions_stored_them(tmp_path):
+    layers = [
+        {"class_name": "RandomFlip", "module": "keras.layers", "config": {"name": "flip"}},
+        {"class_name": "Dropout", "config": {"name": "dropout", "rate": 0.5}},
+        # A custom class may call a layer so: that of a GAN, for instance.
+        {"class_name": "Gan", "module": "mine", "config": {"name": "gan"}},
+    ]
+    with h5py.File(tmp_path / "m.weights.h5", "w") as file:
+        for at in ("random_flip/generator", "dropout/seed_generator", "gan/generator"):
+            file[f"layers/{at}/vars/0"] = np.ones(2, np.uint32)
+    found = keras_io.weights(tmp_path / "m.weights.h5", config=old_model("m", *layers))
+    assert {name: list(arrays) for name, (_, _, arrays) in found.items()} == {
+        "gan": ["generator/0"]
+    }
 
 
 def test_a_model_without_weights(keras, tmp_path):
