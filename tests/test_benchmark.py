@@ -13,7 +13,7 @@ import pytest
 from jax import lax
 
 from flax_dwconv.benchmark import __main__ as program
-from flax_dwconv.benchmark import cases, driver, peers, report, run
+from flax_dwconv.benchmark import cases, driver, peers, report, run, scan
 from flax_dwconv.benchmark.cases import Case
 
 TINY = Case("tiny", 2, (5, 6), 4, (3, 3), 2)
@@ -105,6 +105,64 @@ def test_the_sum_of_shifts_is_ours_position_by_position(mode):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     batch, length = {"step-1": (1, 1), "step-16": (16, 1), "chunk": (1, 16)}.get(mode, (2, 40))
     assert ours[0].shape == (batch, length, 3) and ours[1].shape == (batch, 4, 3)
+
+
+# A scan
+
+
+@pytest.mark.parametrize("kind", scan.KINDS)
+def test_scanned_shapes(kind):
+    shapes = scan.drawn(kind, 3, 100)
+    assert shapes == scan.drawn(kind, 3, 100) and shapes[:5] != scan.drawn(kind, 4, 5)
+    assert {len(shape.size) for shape in shapes} == {1, 2, 3}
+    assert {shape.multiplier == 1 for shape in shapes} == {kind == "windows"}
+    if kind == "multipliers":
+        assert any(shape.strides == shape.kernel[0] > 4 for shape in shapes), "patches"
+    else:
+        assert any(len(set(shape.kernel)) > 1 for shape in shapes)
+    for shape in shapes:
+        assert min(shape.out) > 0 and shape.channels > 1
+        assert shape.products <= scan.PRODUCTS and shape.channels * shape.batch <= scan.LARGEST
+
+
+SCANNED = scan.Shape(2, (5, 9), 3, (2, 3), 2, 1, 4, "valid")
+
+
+@pytest.mark.parametrize("shape", [SCANNED, scan.Shape(1, (7,), 2, (3,), 1, 3, 2, "same")], ids=str)
+def test_a_scanned_shape_is_that_of_its_programs(shape):
+    forward, specs = shape.programs("lax")["forward"]
+    y = jax.eval_shape(forward, *specs)
+    assert y.shape == (shape.batch, *shape.out, shape.channels * shape.multiplier)
+    for method in ("auto", "lax"):
+        f, specs = shape.programs(method)["input gradient"]
+        assert jax.eval_shape(f, *specs).shape == (shape.batch, *shape.size, shape.channels)
+        f, specs = shape.programs(method)["kernel gradient"]
+        wanted = *shape.kernel, shape.channels, shape.multiplier
+        assert jax.eval_shape(f, *specs).shape == wanted
+
+
+def test_a_scan_lists_the_worst(monkeypatch, capsys, tmp_path):
+    rows = scan.measured(SCANNED, rounds=1, budget=1e-6)
+    assert [row["program"] for row in rows] == list(scan.PROGRAMS)
+    assert all(row["ours"] > 0 and row["lax"] > 0 and row["memory"] >= 0 for row in rows)
+    assert SCANNED.products == 2 * (2 * 4) * (2 * 3) * 3 * 4
+
+    def made_up(shape):
+        ours = [4e-3, 1e-3, 1e-3]
+        values = {"shape": "a shape", "lax": 1e-3, "memory": 0.5, "products": 10**6}
+        return [values | {"program": program, "ours": seconds}
+                for program, seconds in zip(scan.PROGRAMS, ours, strict=True)]  # fmt: skip
+
+    monkeypatch.setattr(scan, "measured", made_up)
+    file = tmp_path / "scan.json"
+    assert program.main(["--scan", "windows", "1", "2", "--json", str(file)]) == 0
+    assert len(json.loads(file.read_text())) == 6
+    text = capsys.readouterr().out
+    first = next(line for line in text.splitlines() if "a shape" in line)
+    assert [cell.strip() for cell in first.split("|")[1:-1]] == [
+        "a shape", "forward", "4.00", "1.00", "4.00x", "4000", "0.500x"
+    ]  # fmt: skip
+    assert text.endswith("2 of 6 programs take more than 1.1 times XLA's time.\n")
 
 
 # How it is timed
@@ -393,6 +451,9 @@ def test_what_is_chosen(argv, layers, networks):
         (["--family", "volumes", "--draw", "0", "1"], "must be of --family images, got volumes."),
         (["--plot", "a.gif"], "argument --plot: must end in .png, .svg or .pdf, got 'a.gif'."),
         (["--json", "absent/a.json"], "must be in a folder that exists, got 'absent/a.json'."),
+        (["--scan", "layers", "0", "1"], "argument --scan: must be multipliers or windows and two"),
+        (["--scan", "windows", "0", "-1"], "got windows 0 -1."),
+        (["--scan", "windows", "0", "1", "--draw", "0", "1"], "not allowed with argument"),
         (["--networks", "--plot", "a.png"], "needs layers, which --networks alone leaves out."),
     ],
 )

@@ -13,4 +13,6 @@ their peers.
 Networks are those of `keras.applications` with random weights: "infer" is the model, "train" the
 loss, its gradients and a step of SGD. On JAX they run plain, inside `accelerate`, and inside
 `accelerate` with `pointwise=True`.
+
+`--scan` draws convolutions at random instead, and lists those that are slow or large (`scan`).
 """

@@ -8,7 +8,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from flax_dwconv.benchmark import cases, peers, report, run
+from flax_dwconv.benchmark import cases, peers, report, run, scan
 
 NEEDS = ["archspec", "matplotlib", "pandas", "tabulate", "tqdm"]
 
@@ -28,6 +28,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     which.add_argument("--layers", nargs="*", metavar="NAME", help=patterns)
     drawn = "time N random layers on images"
     which.add_argument("--draw", nargs=2, type=int, metavar=("SEED", "N"), help=drawn)
+    scanned = f"time N random convolutions beside XLA's own; KIND is {' or '.join(scan.KINDS)}"
+    which.add_argument("--scan", nargs=3, metavar=("KIND", "SEED", "N"), help=scanned)
     add("--networks", nargs="*", choices=cases.NETWORKS, help="time networks, all or these")
     add("--peers", nargs="+", choices=peers.PEERS, help="default all of the family")
     add("--rounds", type=int, help="default 5, with --quick 3")
@@ -46,6 +48,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             error(f"argument --{name}: must be in a folder that exists, got '{path}'.")
     if args.plot and args.plot.suffix.lower() not in (".png", ".svg", ".pdf"):
         error(f"argument --plot: must end in .png, .svg or .pdf, got '{args.plot}'.")
+    if args.scan:
+        kind, *numbers = args.scan
+        if kind not in scan.KINDS or not all(number.isdecimal() for number in numbers):
+            error(f"argument --scan: must be {' or '.join(scan.KINDS)} and two numbers, got "
+                  f"{' '.join(args.scan)}.")  # fmt: skip
+        args.scan = kind, *map(int, numbers)
     images, known = args.family == "images", peers.FAMILIES[args.family]
     if others := [peer for peer in args.peers or () if peer not in known]:
         error(f"argument --peers: must be of {', '.join(known)}, got {', '.join(others)}.")
@@ -77,6 +85,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     try:
+        if args.scan:
+            rows = scan.scan(*args.scan)
+            if args.json:
+                args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+            print(scan.markdown(rows))
+            return 0
         if args.report:
             document = json.loads(args.report.read_text(encoding="utf-8"))
         else:
