@@ -231,40 +231,57 @@ def test_float64_is_summed_up_in_float64():
         assert found.accumulator == "float32"
 
 
-def test_a_multiplier_is_copies_of_the_image():
+def test_filters_share_what_a_tap_reads():
     few = tuning.TUNING.copied_channels
-    assert [planned(forward(c=c, m=3)).copies for c in (few, few + 1)] == [3, 3]
-    assert [planned(kernel_gradient(c=c, m=3)).copies for c in (few, few + 1)] == [3, 1]
-    assert planned(input_gradient(m=3)).copies == 1  # the multiplier is summed up
-    assert planned(forward()).copies == 1
+    assert [planned(forward(c=c, m=3)).filters for c in (few, few + 1)] == ["copies"] * 2
+    gradients = [planned(kernel_gradient(c=c, m=3)).filters for c in (few, few + 1)]
+    assert gradients == ["copies", "one by one"]
+    for make in forward, kernel_gradient:
+        assert planned(make(m=8)).filters == "broadcast"  # whole vectors
+        # Copies of the image before the strides are taken would be 8 times as large as the result.
+        assert planned(make(m=3, stride=4)).filters == "broadcast"
+        assert planned(make()).filters == "one by one"
+    assert planned(input_gradient(m=3)).filters == "one by one"  # the multiplier is summed up
 
 
 @pytest.mark.parametrize("make", [forward, input_gradient, kernel_gradient])
 def test_windows_that_do_not_overlap_are_patches(make):
-    """As taps they took 50 to 100 times as long as in XLA, and as many copies as filters."""
+    """As copies of the image they took 50 to 100 times as long as in XLA."""
     found = planned(make(size=64, c=3, k=8, stride=8, m=16))
     assert type(found.algorithm) is plan.Patches
     assert found.kind == found.algorithm.kind == make.__name__.replace("_", " ")
     # More taps than patches: the kernel gradient is larger than the cotangent.
     assert type(planned(make(size=32, c=3, k=16, stride=16, m=384)).algorithm) is plan.Patches
-    # Few products are taps, and so is what overlaps.
+    # So is not what has a single filter, or overlaps.
     assert type(planned(make(size=64, c=3, k=8, stride=8)).algorithm) is not plan.Patches
     assert type(planned(make(size=64, c=3, k=8, stride=7, m=2)).algorithm) is not plan.Patches
 
 
+def test_input_gradients_with_many_filters_are_products():
+    """Of all rows of the kernel at once, unless the patches outgrow the cotangent."""
+    for m, k, rows in ((8, 3, 1), (9, 3, 3), (24, 3, 3), (24, 15, 1), (64, 6, 6), (40, 6, 6)):
+        found = planned(input_gradient(size=34, c=3, k=k, m=m))
+        assert type(found.algorithm) is plan.Overlap and found.kind == "input gradient"
+        assert found.algorithm.rows == rows
+    assert type(planned(input_gradient(m=3)).algorithm) is forward_plan.Taps
+    # Pads would make a multiple of it.
+    dilated = input_gradient(size=14, k=5, m=3, rhs_dilation=(3, 3))
+    out, pads = 14 + 12 - 12, (12, 12)
+    dilated = dataclasses.replace(dilated, padding=(pads, pads))
+    assert out == 14 and type(planned(dilated).algorithm) is plan.Overlap
+
+
 def test_what_xla_does_better_is_left_to_it():
-    large = dict(n=8, size=512, c=4, k=3, stride=4, m=32)
-    assert planned(forward(**large)).algorithm is None
-    assert type(planned(kernel_gradient(**large)).algorithm) is plan.Patches
-    # Strides that leave a fraction of the copies: one for each of 64 filters.
-    copied = dict(n=2, size=112, c=3, k=7, stride=4, m=64)
-    assert planned(forward(**copied)).algorithm is None
-    assert planned(kernel_gradient(**copied)).copies == 1
-    assert planned(forward(**copied | dict(stride=1))).copies == 64
-    # But taps that were asked for are never left to it.
-    assert type(planned(forward(**large, tag="taps")).algorithm) is plan.Patches
-    asked = planned(forward(**copied, tag="taps"))
-    assert type(asked.algorithm) is forward_plan.Taps and asked.copies == 1
+    for sizes in (
+        dict(n=8, size=512, c=4, k=8, stride=8, m=32),  # patches with many results
+        dict(n=2, size=112, c=3, k=7, stride=4, m=64),  # many taps and filters
+        dict(n=3, size=32, c=18, k=2, stride=4, m=171),  # an odd number of filters
+    ):
+        assert planned(forward(**sizes)).algorithm is None
+        assert planned(kernel_gradient(**sizes)).algorithm
+        assert planned(input_gradient(**sizes)).algorithm
+        # But taps that were asked for are never left to it.
+        assert planned(forward(**sizes, tag="taps")).algorithm
 
 
 # Which algorithm

@@ -65,7 +65,7 @@ def _phase(x: jax.Array, kernel: jax.Array, phase: plan.Phase) -> jax.Array:
     match phase.algorithm:
         case plan.Zeros():
             outs = [axis.out for axis in phase.axes]
-            return jnp.zeros((x.shape[0], *outs, x.shape[-1]), x.dtype)
+            return jnp.zeros((x.shape[0], *outs, *kernel.shape[len(outs) :]), x.dtype)
         case plan.Regions():
             return _regions(x, kernel, phase.axes, phase.algorithm)
         case plan.Rows():
@@ -87,7 +87,7 @@ def _regions(
     Along the `padded` dimensions there are no regions; what the taps sum up to there is padded if
     some outputs read outside. LLVM makes a loop for each case, as for regions, from fewer taps.
     """
-    weights = windows.weights_of(kernel)
+    weights = windows.weights_of(kernel, len(axes))
     steps = [axis.stride for axis in axes]
     # The pads of the last dimension outermost: for a strided 3x3 kernel 0.95 of the time.
     dims = [d for d in range(len(axes)) if not regions.padded[d]]
@@ -178,7 +178,14 @@ class _Tiles:
       shape: that of one output of each tile, `(n, *outs, tiles, c)`.
     """
 
-    def __init__(self, x: jax.Array, axes: Sequence[Axis], outputs: int, row_by_row: bool) -> None:
+    def __init__(
+        self,
+        x: jax.Array,
+        tail: Sequence[int],
+        axes: Sequence[Axis],
+        outputs: int,
+        row_by_row: bool,
+    ) -> None:
         *outs, last = [axis.out for axis in axes]
         self._axes, self._outputs, self._row_by_row = axes, outputs, row_by_row
         self._blocks = [*outs, -(-last // outputs)]
@@ -189,11 +196,12 @@ class _Tiles:
             dataclasses.replace(axis, out=n).reach for axis, n in zip(axes, rounded, strict=True)
         ]
         self.x = windows.crop(x, [-axis.low for axis in axes], reach)
-        self.shape = (x.shape[0], *self._blocks, x.shape[-1])
+        self.shape = (x.shape[0], *self._blocks, *tail)
 
     def first(self) -> jax.Array:
         """What the first tap reads for the first output of each tile."""
-        return windows.window(self.x, [0] * len(self._axes), self._blocks, self._steps)
+        image = windows.window(self.x, [0] * len(self._axes), self._blocks, self._steps)
+        return windows.repeated(image, self.shape)
 
     def add(
         self, outputs: Sequence[sums.Terms], window: windows.Reader, kernel: jax.Array
@@ -206,12 +214,13 @@ class _Tiles:
           kernel: `(*sizes, c)`: some taps.
         """
         images = functools.cache(lambda *at: window(at, self._blocks, self._steps))
-        weights = windows.weights_of(kernel)
+        weights = windows.weights_of(kernel, len(self._axes))
         apart = [axis.rhs_dilation for axis in self._axes]
         for i, terms in enumerate(outputs):
-            for tap in itertools.product(*map(range, kernel.shape[:-1])):
+            for tap in itertools.product(*map(range, kernel.shape[: len(apart)])):
                 *rows, at = [a * gap for a, gap in zip(tap, apart, strict=True)]
                 image = images(*rows, at + i * self._axes[-1].stride)
+                image = windows.repeated(image, self.shape)
                 terms[tap] = lax.mul(image, weights(tap, self.shape))
         return sums.together(outputs, self._row_by_row, self.shape, self.x.dtype)
 
@@ -222,15 +231,16 @@ class _Tiles:
 
 def _tiles(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis], plan_: plan.Tiles) -> jax.Array:
     """One phase in tiles, all taps one by one."""
-    tiles = _Tiles(x, axes, plan_.outputs, plan_.row_by_row)
+    tiles = _Tiles(x, kernel.shape[len(axes) :], axes, plan_.outputs, plan_.row_by_row)
     outputs: list[sums.Terms] = [{} for _ in range(plan_.outputs)]
     return tiles.join(tiles.add(outputs, functools.partial(windows.window, tiles.x), kernel))
 
 
 def _loop(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis], loop: plan.Loop) -> jax.Array:
     """One phase in tiles, whose taps are loops: a kernel with many taps compiles in time."""
-    tiles = _Tiles(x, axes, loop.outputs, loop.row_by_row)
-    apart = [axis.rhs_dilation for axis in axes]
+    tail = kernel.shape[len(axes) :]
+    tiles = _Tiles(x, tail, axes, loop.outputs, loop.row_by_row)
+    apart, zeros = [axis.rhs_dilation for axis in axes], [0 for _ in tail]
 
     def add(outputs: list[jax.Array], columns: plan.Pass) -> list[jax.Array]:
         part = lax.slice_in_dim(kernel, columns.start, columns.stop, axis=len(axes) - 1)
@@ -239,7 +249,7 @@ def _loop(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis], loop: plan.Loop
             i = workarounds.parallel(i) if loop.parallel else i
             corner = windows.unravel(i, columns.grid)
             at = [j * n for j, n in zip(corner, columns.taps, strict=True)]
-            taps = lax.dynamic_slice(part, (*at, 0), (*columns.taps, x.shape[-1]))
+            taps = lax.dynamic_slice(part, (*at, *zeros), (*columns.taps, *tail))
             at[-1] += columns.start
             start = [a * gap for a, gap in zip(at, apart, strict=True)]
             window = windows.moving_window(tiles.x, start)

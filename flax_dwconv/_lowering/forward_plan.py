@@ -131,6 +131,7 @@ def choose(
     axes: Sequence[Axis],
     channels: int,
     tuning: Tuning,
+    broadcast: bool = False,
 ) -> tuple[Taps, str]:
     """Returns the algorithm that convolves every example with every kernel, and why.
 
@@ -140,8 +141,10 @@ def choose(
       axes: the geometry of each spatial dimension.
       channels: of image and kernel.
       tuning: the constants.
+      broadcast: whether what a tap reads is repeated in the loop, for each filter of a channel.
     """
-    exchanged = math.prod(axis.kernel for axis in axes) > math.prod(axis.size for axis in axes)
+    larger = math.prod(axis.kernel for axis in axes) > math.prod(axis.size for axis in axes)
+    exchanged = larger and not broadcast
     if exchanged:
         # In derivatives of the kernel gradient, the "kernel" is an image.
         examples, axes = kernels, [axis.swapped() for axis in axes]
@@ -153,6 +156,10 @@ def choose(
     # times as long as single outputs.
     elements = 0 if interleaved else max(image, results)
     effort = [effort for effort in tuning.efforts if elements >= effort.elements][-1]
+    if broadcast:
+        # The image is the smaller part of what is read and written, so its padded copy is cheap.
+        # Neighbouring outputs would have to be put in order, which is a copy of the result.
+        effort = Effort(effort.elements, region_taps=0, products=1)
     padded, region_taps = _regions(phases, effort.region_taps, tuning)
     reason = None if interleaved else _better_in_tiles(axes, effort, tuning)
     regions = region_taps <= effort.region_taps and reason is None

@@ -53,13 +53,14 @@ def _passes(x: jax.Array, g: jax.Array, gradient: plan.KernelGradient) -> jax.Ar
             return _taps(windows.moving_window(x, start), g, blocks, gradient)
 
         y = lax.map(step, jnp.arange(math.prod(gradient.grid)))
-    grid, taps, c = gradient.grid, gradient.taps, y.shape[-1]
+    grid, taps = gradient.grid, gradient.taps
+    tail = y.shape[1 + len(taps) :]
     if any(n > 1 for n in taps[:-1]) and math.prod(grid) > 1:  # else the taps are in order
         pairs = [(d, d + len(grid)) for d in range(len(grid))]
-        order = [*itertools.chain(*pairs), 2 * len(grid)]
-        y = lax.transpose(y.reshape(*grid, *taps, c), order)
-    y = y.reshape(*[n * m for n, m in zip(grid, taps, strict=True)], c)
-    return lax.slice(y, [0] * y.ndim, [*gradient.outs, c])
+        y = y.reshape(*grid, *taps, *tail)
+        y = lax.transpose(y, [*itertools.chain(*pairs), *range(2 * len(grid), y.ndim)])
+    y = y.reshape(*[n * m for n, m in zip(grid, taps, strict=True)], *tail)
+    return lax.slice(y, [0] * y.ndim, [*gradient.outs, *tail])
 
 
 def _taps(
@@ -76,10 +77,10 @@ def _taps(
       blocks: what is summed up.
       gradient: the plan.
     """
-    taps = gradient.taps
-    zeros = jnp.zeros((math.prod(taps), g.shape[-1]), g.dtype)
+    taps, tail = gradient.taps, g.shape[len(gradient.taps) + 1 :]
+    zeros = jnp.zeros((math.prod(taps), *tail), g.dtype)
     parts = [_block(read, g, block, gradient) for block in blocks]
-    return functools.reduce(lax.add, parts or [zeros]).reshape(*taps, -1)
+    return functools.reduce(lax.add, parts or [zeros]).reshape(*taps, *tail)
 
 
 def _block(
@@ -88,6 +89,7 @@ def _block(
     """Returns `(taps, c)`: what one block adds to the gradients."""
     steps = [len(reads) for reads in block.reads]
     images = functools.cache(lambda at: read(at, block.counts, block.apart))
+    shape = (g.shape[0], *block.counts, *g.shape[1 + len(steps) :])
     outputs: list[sums.Terms] = [{} for _ in range(math.prod(gradient.taps))]
     for i, position in enumerate(itertools.product(*block.reads)):
         positions, inside = zip(*position, strict=True)
@@ -95,7 +97,7 @@ def _block(
         for terms, tap in zip(outputs, itertools.product(*map(range, gradient.taps)), strict=True):
             if all(a in at for a, at in zip(tap, inside, strict=True)):
                 at = tuple(at[a] for a, at in zip(tap, inside, strict=True))
-                terms[i // gradient.positions_together, i] = lax.mul(images(at), cotangent)
-    shape = (g.shape[0], *block.counts, g.shape[-1])
+                image = windows.repeated(images(at), shape)
+                terms[i // gradient.positions_together, i] = lax.mul(image, cotangent)
     summed = sums.together(outputs, gradient.row_by_row, shape, g.dtype)
-    return jnp.stack([y.sum(range(y.ndim - 1)) for y in summed])
+    return jnp.stack([y.sum(range(1 + len(steps))) for y in summed])

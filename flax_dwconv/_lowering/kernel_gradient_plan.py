@@ -79,9 +79,18 @@ def suits(axes: Sequence[Axis]) -> bool:
     out = math.prod(axis.out for axis in axes)
     kernel = math.prod(axis.kernel for axis in axes)
     size = math.prod(axis.size for axis in axes)
+    return out <= min(kernel, size) and allows(axes)
+
+
+def allows(axes: Sequence[Axis]) -> bool:
+    """Whether `KernelGradient` can compute it at all.
+
+    Args:
+      axes: as for `suits`.
+    """
     dilated = {axis.lhs_dilation > 1 for axis in axes if axis.lhs_dilation != axis.rhs_dilation}
     both = any(axis.lhs_dilation > 1 and axis.rhs_dilation > 1 for axis in axes)
-    return out <= min(kernel, size) and len(dilated) <= 1 and not both
+    return len(dilated) <= 1 and not both
 
 
 def choose(

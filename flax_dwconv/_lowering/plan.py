@@ -35,6 +35,11 @@ from flax_dwconv._lowering.tuning import Tuning
 # derivatives traced inside `accelerate` would get its.
 Tag = Literal["ours", "depthwise", "separable", "taps", "xla"]
 Kind = Literal["forward", "input gradient", "kernel gradient", "product"]
+# How the filters of a channel share what a tap reads of it:
+# "one by one": each filter reads it by itself.
+# "copies": of the image, beforehand, one for each filter; channels and filters are one dimension.
+# "broadcast": to each filter, in the loop that reads it, which takes no memory.
+Filters = Literal["one by one", "copies", "broadcast"]
 
 DTYPES = {"float16", "bfloat16", "float32", "float64"}
 SYMBOLIC = -1  # in the place of a number that is known only when the program runs
@@ -151,6 +156,22 @@ class Patches:
 
 
 @dataclasses.dataclass(frozen=True)
+class Overlap:
+    """An input gradient with several filters a channel: products, and a sum over the taps.
+
+    Attributes:
+      axes: the geometry.
+      rows: how many positions of the kernel's first dimension one product has; they divide it. A
+        loop makes one product after the other.
+      parallel: as `parallel_loops` in `Tuning`.
+    """
+
+    axes: tuple[Axis, ...]
+    rows: int
+    parallel: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """What becomes of a convolution.
 
@@ -160,16 +181,15 @@ class Plan:
       kind: which convolution it is. An input gradient that has neither a stride nor a multiplier is
         a forward convolution. None, if it is left to XLA.
       groups: the number of groups, the channels of a depthwise convolution.
-      copies: how many copies of the image and of each channel there are, one for each filter of the
-        channel; 1 if the filters are computed one after the other.
+      filters: how the filters of a channel share what a tap reads.
       accumulator: the name of the dtype that sums are computed in.
     """
 
-    algorithm: Taps | KernelGradient | Patches | Product | None
+    algorithm: Taps | KernelGradient | Patches | Overlap | Product | None
     why: str
     kind: Kind | None = None
     groups: int = 1
-    copies: int = 1
+    filters: Filters = "one by one"
     accumulator: str = "float32"
 
 
@@ -194,7 +214,12 @@ def plan(convolution: Convolution, tuning: Tuning) -> Plan:
     accumulator = "float64" if "float64" in (lhs.dtype, out.dtype) else "float32"
 
     # A kernel gradient of one group has no group count that would tell it.
-    gradient = kernel_gradient_plan.suits(axes) and (convolution.batch_groups > 1 or groups == 1)
+    if convolution.batch_groups > 1:
+        # One that is larger than the cotangent is better off as the convolution of a large kernel,
+        # if that has a single filter for each channel.
+        gradient = kernel_gradient_plan.allows(axes) if m > 1 else kernel_gradient_plan.suits(axes)
+    else:
+        gradient = groups == 1 and kernel_gradient_plan.suits(axes)
     # In a depthwise convolution one of these two is 1, unless `vmap` made it larger. Ordinary
     # grouped convolutions have values above 1 too, so we accept them only if the tag says that
     # `depthwise_conv2d` made the convolution.
@@ -211,30 +236,21 @@ def plan(convolution: Convolution, tuning: Tuning) -> Plan:
         why = "no window of several positions slides"
         return Plan(product, why, "product", groups, accumulator=accumulator)
 
-    few_channels = not gradient or groups <= tuning.copied_channels
-    copies = m if features == 1 and few_channels else 1
-    image, kernel, result = (math.prod(operand.shape) for operand in convolution.operands)
-    other = kernel if gradient else result  # in a kernel gradient, the kernel is the cotangent
-    too_large = copies * image > max(tuning.copies_memory * (image + other), tuning.copies_elements)
-    if cut := _in_patches(convolution, axes):
-        if cut == "kernel gradient":
-            taps, filters = math.prod(axis.out for axis in axes), m
-        else:
-            taps, filters = math.prod(axis.kernel for axis in axes), max(m, q)
-        wanted = convolution.tag == "taps" or convolution.wrong_in_xla
-        many = result >= tuning.patch_results
-        if cut == "forward" and filters > 1 and many and not wanted:
-            return Plan(None, f"no two windows overlap, and {result} results")
-        if filters > 1 and (filters * taps >= tuning.patch_products or too_large):
-            why = f"no two windows overlap, and {filters} filters of {taps} taps for each channel"
-            return Plan(Patches(axes, cut), why, cut, groups, accumulator=accumulator)
-    if too_large and not gradient and convolution.tag != "taps":
-        return Plan(None, f"{copies} copies of {image} elements for {result} results")
-    copies = 1 if too_large else copies
-    channels = groups * copies
+    filters: Filters = "one by one"
+    if features == 1 < m:
+        image, kernel, result = (math.prod(operand.shape) for operand in convolution.operands)
+        filters = _filters(axes, m, image, kernel if gradient else result, tuning)
+    if several := _several_filters(convolution, axes, gradient, q, m, tuning):
+        algorithm, why, kind = several
+        if algorithm is None:
+            return Plan(None, why)
+        return Plan(algorithm, why, kind, groups, accumulator=accumulator)
     if gradient:
+        if filters == "copies" and groups > tuning.copied_channels:
+            filters = "one by one"
+        channels = groups if filters == "one by one" else groups * m
         algorithm, why = kernel_gradient_plan.choose(q, axes, channels, tuning)
-        return Plan(algorithm, why, "kernel gradient", groups, copies, accumulator)
+        return Plan(algorithm, why, "kernel gradient", groups, filters, accumulator)
     dilated = any(axis.lhs_dilation > 1 for axis in axes)
     if q > 1:
         # One more dimension, that has one window: `q` times as many taps in one pass. As `q`
@@ -242,9 +258,110 @@ def plan(convolution: Convolution, tuning: Tuning) -> Plan:
         # long.
         summed = Axis(q, kernel=q, out=1, stride=1, low=0, lhs_dilation=1, rhs_dilation=1)
         axes = (summed, *axes)
-    algorithm, why = forward_plan.choose(n, m // copies, axes, channels, tuning)
+    kernels, channels = (m, groups) if filters == "one by one" else (1, groups * m)
+    broadcast = filters == "broadcast"
+    algorithm, why = forward_plan.choose(n, kernels, axes, channels, tuning, broadcast)
     kind: Kind = "input gradient" if dilated or q > 1 else "forward"
-    return Plan(algorithm, why, kind, groups, copies, accumulator)
+    return Plan(algorithm, why, kind, groups, filters, accumulator)
+
+
+def _filters(axes: Sequence[Axis], m: int, image: int, other: int, tuning: Tuning) -> Filters:
+    """Returns how the filters of a channel share what a tap reads.
+
+    Args:
+      axes: the geometry.
+      m: filters for each channel, more than 1.
+      image: its elements.
+      other: elements of the result, or for a kernel gradient of the cotangent.
+      tuning: the constants.
+    """
+    sizes = math.prod(axis.size for axis in axes)
+    padded = math.prod(max(axis.reach, axis.size) for axis in axes) / sizes
+    too_large = m * image * (1 + padded) > tuning.copies_memory * (image + other)
+    if any(axis.lhs_dilation > 1 for axis in axes):
+        return "one by one" if too_large else "copies"
+    if math.prod(axis.kernel for axis in axes) > sizes:
+        return "copies"  # image and kernel exchange their roles, and the image is the smaller one
+    if too_large:
+        return "broadcast"
+    strided = any(axis.stride > 1 or axis.rhs_dilation > 1 for axis in axes)
+    return "broadcast" if m % 8 == 0 or m >= 32 or (m == 4 and strided) else "copies"
+
+
+def _several_filters(
+    convolution: Convolution,
+    axes: tuple[Axis, ...],
+    gradient: bool,
+    q: int,
+    m: int,
+    tuning: Tuning,
+) -> tuple[Patches | Overlap | None, str, Kind] | None:
+    """Returns what serves several filters a channel better than a sum over taps, or None.
+
+    None as the algorithm leaves the convolution to XLA.
+
+    Args:
+      convolution: what JAX is to lower.
+      axes: its geometry.
+      gradient: whether it is a kernel gradient.
+      q: what is summed up.
+      m: filters for each channel.
+      tuning: the constants.
+    """
+    taps = math.prod(axis.out if gradient else axis.kernel for axis in axes)
+    cut = _in_patches(convolution, axes)
+    many = f"{max(m, q)} filters of {taps} taps for each channel"
+    if cut == "input gradient" and q > 1 and q * taps >= tuning.patch_products:
+        return Patches(axes, cut), f"no two windows overlap, and {many}", cut
+    if cut == "kernel gradient" and m > 1 and (taps == 1 or taps >= tuning.patch_taps):
+        return Patches(axes, cut), f"no two windows overlap, and {many}", cut
+    if gradient:
+        return None
+    if q > 1:
+        overlap = _overlap(convolution, axes, q, m, tuning)
+        return overlap and (overlap, f"windows overlap, and {many}", "input gradient")
+    if m == 1:
+        return None
+    left = convolution.tag != "taps" and not convolution.wrong_in_xla
+    result = math.prod(convolution.out.shape)
+    if (
+        cut == "forward"
+        and taps >= tuning.patch_taps
+        and not (left and result >= tuning.patch_results)
+    ):
+        return Patches(axes, cut), f"no two windows overlap, and {many}", cut
+    if left and taps >= tuning.xla_taps and m * taps >= tuning.xla_products:
+        return None, many, "forward"
+    if left and len(axes) == 2 and m >= tuning.xla_filters and m % 8:
+        return None, many, "forward"
+    return None
+
+
+def _overlap(
+    convolution: Convolution, axes: tuple[Axis, ...], q: int, m: int, tuning: Tuning
+) -> Overlap | None:
+    """Returns how an input gradient is products of its filters, or None if it is not.
+
+    Args:
+      convolution: what JAX is to lower.
+      axes: its geometry.
+      q: filters for each channel.
+      m: further filters, which only `vmap` makes.
+      tuning: the constants.
+    """
+    if not convolution.on_cpu or convolution.sharded or m > 1:
+        return None
+    if any(axis.stride > 1 for axis in axes):
+        return None
+    sizes = math.prod(axis.size for axis in axes)
+    padded = math.prod(-(-(axis.out + (axis.kernel - 1) * axis.rhs_dilation) // axis.lhs_dilation)
+                       for axis in axes)  # fmt: skip
+    if q < tuning.overlap_filters and padded <= tuning.overlap_padded * sizes:
+        return None
+    first, *others = (axis.kernel for axis in axes)
+    most = max(q // math.prod(others), 1)
+    rows = max(n for n in range(1, first + 1) if first % n == 0 and n <= most)
+    return Overlap(axes, rows, tuning.parallel_loops)
 
 
 def _unsuitable(convolution: Convolution) -> str | None:

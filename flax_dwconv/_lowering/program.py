@@ -8,7 +8,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flax_dwconv._lowering import forward, kernel_gradient, patches, product, tuning, workarounds
+from flax_dwconv._lowering import (
+    forward,
+    kernel_gradient,
+    overlap,
+    patches,
+    product,
+    tuning,
+    workarounds,
+)
 from flax_dwconv._lowering import plan as plans
 
 Program = Callable[[jax.Array, jax.Array], jax.Array]
@@ -41,18 +49,22 @@ def cached(
         return None
     lhs_spec, rhs_spec, out_spec = (operand.spec for operand in convolution.operands)
     grouped = 0 if convolution.batch_groups > 1 else 1  # the batch or the features of `lhs`
-    depthwise = not isinstance(plan.algorithm, plans.Product | plans.Patches)
+    depthwise = not isinstance(plan.algorithm, plans.Product | plans.Patches | plans.Overlap)
     tricks = depthwise and convolution.on_cpu
 
     def compute(x: jax.Array, kernel: jax.Array) -> jax.Array:
         x = _groups_last(x.astype(plan.accumulator), lhs_spec, grouped, plan.groups)
         kernel = _groups_last(kernel.astype(plan.accumulator), rhs_spec, 0, plan.groups)
-        if plan.copies > 1:  # of each channel, one for each filter
-            x = jnp.repeat(x, plan.copies, -1)
+        if plan.filters == "copies":
+            x = jnp.repeat(x, kernel.shape[0], -1)
             kernel = jnp.moveaxis(kernel, 0, -1).reshape(*kernel.shape[1:-1], -1)[None]
+        elif plan.filters == "broadcast":
+            kernel = jnp.moveaxis(kernel, 0, -1)[None]  # (1, q, *kernels, c, m)
         if tricks:
             x, kernel = workarounds.materialized(x, kernel)
         y = _algorithm(x, kernel, plan.algorithm, precision)  # (n, m, *outs, c)
+        if plan.filters == "broadcast":
+            y = y.reshape(*y.shape[:-2], -1)
         order = [(0,), (y.ndim - 1, 1), *[(i,) for i in range(2, y.ndim - 1)]]
         at = sorted(range(len(order)), key=out_spec.__getitem__)
         y = lax.transpose(y, [d for i in at for d in order[i]])
@@ -71,6 +83,8 @@ def _algorithm(x: jax.Array, kernel: jax.Array, algorithm: Any, precision: Any) 
             return product.multiply(x, kernel, algorithm, precision)
         case plans.Patches():
             return patches.multiply(x, kernel, algorithm, precision)
+        case plans.Overlap():
+            return overlap.multiply(x, kernel, algorithm, precision)
         case plans.KernelGradient():
             gradient = functools.partial(kernel_gradient.kernel_gradient, gradient=algorithm)
             return _of_all_pairs(gradient, x, kernel)

@@ -120,8 +120,14 @@ class Tuning:
 
     patch_products: int = 64
     patch_results: int = 1 << 22
+    patch_taps: int = 64
+    xla_taps: int = 25
+    xla_products: int = 1500
+    xla_filters: int = 64
     copies_memory: float = 2.5
-    copies_elements: int = 1 << 17
+    overlap_filters: int = 8
+    overlap_padded: float = 2.0
+    copied_channels: int = 16
     efforts: tuple[Effort, ...] = (
         Effort(0, region_taps=30, products=1),
         Effort(1 << 17, region_taps=150, products=100),
@@ -137,7 +143,6 @@ class Tuning:
     loop_outputs: int = 4
     loop_products: int = 128
     outputs_row_by_row: int = 4
-    copied_channels: int = 16
     all_taps: int = 9
     all_taps_elements: int = 1 << 17
     all_taps_positions: int = 28

@@ -26,7 +26,9 @@ def window(
     # 0.12.0.1).
     steps = [step if n > 1 else 1 for n, step in zip(counts, steps, strict=True)]
     stop = [s + (n - 1) * step + 1 for s, n, step in zip(start, counts, steps, strict=True)]
-    return lax.slice(x, (0, *start, 0), (x.shape[0], *stop, x.shape[-1]), (1, *steps, 1))
+    tail = x.shape[len(stop) + 1 :]
+    zeros, ones = [0 for _ in tail], [1 for _ in tail]
+    return lax.slice(x, (0, *start, *zeros), (x.shape[0], *stop, *tail), (1, *steps, *ones))
 
 
 def moving_window(x: jax.Array, start: Sequence[Any]) -> Reader:
@@ -108,24 +110,33 @@ def interleave(parts: Sequence[jax.Array], dim: int, size: int) -> jax.Array:
     return lax.slice_in_dim(jnp.stack(parts, dim + 1).reshape(shape), 0, size, axis=dim)
 
 
-def weights_of(kernel: jax.Array) -> Callable[[tuple[int, ...], Sequence[int]], jax.Array]:
+def weights_of(
+    kernel: jax.Array, rank: int
+) -> Callable[[tuple[int, ...], Sequence[int]], jax.Array]:
     """Returns a function of a tap and a shape, in which it repeats the weights of the tap.
 
     Args:
-      kernel: `(*sizes, c)`; the shapes end in `c` too.
+      kernel: `(*sizes, c)`, or `(*sizes, c, m)`; the shapes end in `c` or `c, m` too.
+      rank: the number of spatial dimensions.
     """
-    *sizes, c = kernel.shape
+    sizes, tail = kernel.shape[:rank], kernel.shape[rank:]
     taps = list(itertools.product(*map(range, sizes)))
     # Rows `(1, c)`, not numbers of one flat array: the channels may be sharded.
-    rows = lax.split(kernel.reshape(len(taps), c), [1] * len(taps))
+    rows = lax.split(kernel.reshape(len(taps), *tail), [1] * len(taps))
     at = dict(zip(taps, rows, strict=True))
 
     def weights(tap: tuple[int, ...], shape: Sequence[int]) -> jax.Array:
+        last = range(len(shape) - len(tail), len(shape))
         if shape[0] == 1:  # one operation for XLA to compile instead of two
-            return lax.broadcast_in_dim(at[tap], shape, (0, len(shape) - 1))
-        return lax.broadcast_in_dim(lax.squeeze(at[tap], [0]), shape, (len(shape) - 1,))
+            return lax.broadcast_in_dim(at[tap], shape, (0, *last))
+        return lax.broadcast_in_dim(lax.squeeze(at[tap], [0]), shape, last)
 
     return weights
+
+
+def repeated(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Returns `x`, or a copy for each filter if `shape` has one more dimension, `m`."""
+    return x if x.shape == shape else lax.broadcast_in_dim(x, shape, range(x.ndim))
 
 
 def multiply(*factors: jax.Array) -> jax.Array:
