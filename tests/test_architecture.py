@@ -67,6 +67,7 @@ ALLOWED = {
         "_lowering.plan",
         "_lowering.product",
         "_lowering.tuning",
+        "_lowering.windows",
         "_lowering.workarounds",
     },
     "_lowering": {"_lowering.plan", "_lowering.program", "_lowering.rule"},

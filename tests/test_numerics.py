@@ -9,6 +9,7 @@ in float32 and rounded once, so that
 for a sum of T terms, however it is ordered; the second part is small beside the first.
 """
 
+import dataclasses
 import functools
 import os
 import pathlib
@@ -25,7 +26,8 @@ from jax.test_util import check_grads
 from test_functional import Case
 
 import flax_dwconv
-from flax_dwconv import DepthwiseConv2D, activations, depthwise_conv2d
+from flax_dwconv import DepthwiseConv2D, activations, depthwise_conv, depthwise_conv2d
+from flax_dwconv._lowering import tuning
 
 CASES = {
     "stride": Case((2, 7, 6, 2), (3, 3, 2, 1), (2, 1), "same"),
@@ -169,8 +171,56 @@ def test_what_is_not_finite_propagates_as_in_lax(case, value, where):
             assert not differs.any()
 
 
-def test_a_pixel_that_is_not_a_number_and_a_kernel_over_the_whole_image(much_effort):
+SMALL_IMAGES = [
+    ((7,), (9,), 1, 1),
+    ((20,), (45,), 1, 1),
+    ((5,), (7,), 2, 3),
+    ((5, 5), (7, 7), 1, 1),
+    ((7, 7), (7, 7), 1, 1),
+    ((4, 6), (9, 6), 1, 1),
+    ((9, 8), (15, 17), 1, 1),
+    ((5, 4), (6, 9), 2, 1),
+    ((3, 4, 3), (4, 5, 3), 1, 1),
+    ((3, 4, 3), (4, 5, 3), 1, 8),
+]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("effort", ["little", "much"])
+@pytest.mark.parametrize("size, window, stride, m", SMALL_IMAGES, ids=str)
+def test_a_pixel_reaches_what_sees_it(size, window, stride, m, effort, value, request):
+    """In an image no larger than the kernel, the kernel may be padded, and 0 * NaN is NaN.
+
+    Every result, and every gradient to an image, is that of XLA's convolution, bit by bit: one
+    pixel, and one element of the cotangent, is not finite.
+    """
+    if effort == "much":
+        request.getfixturevalue("much_effort")
+    rng = np.random.default_rng(0)
+    x = rng.integers(-3, 4, (2, *size, 2)).astype("float32")
+    kernel = rng.integers(1, 4, (*window, 2, m)).astype("float32")
+    f = functools.partial(depthwise_conv, strides=stride, padding="same")
+
+    def run(method, x, kernel, g):
+        y, vjp = jax.vjp(lambda x: f(x, kernel, method=method), x)
+        return y, *vjp(g)
+
+    g = rng.integers(-3, 4, jax.eval_shape(f, x, kernel).shape).astype("float32")
+    for where in range(3):  # the first position, one in the middle, the last
+        at = (1, *[(0, n // 2, n - 1)[where] for n in size], 1)
+        of_g = (1, *[(0, n // 2, n - 1)[where] for n in g.shape[1:-1]], 1)
+        broken = x.copy(), kernel, g.copy()
+        broken[0][at] = broken[2][of_g] = value
+        ours, theirs = (jax.jit(functools.partial(run, method))(*broken)
+                        for method in ("auto", "lax"))  # fmt: skip
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+        assert np.isfinite(ours[0][0]).all() and not np.isfinite(ours[0]).all()
+
+
+def test_a_pixel_that_is_not_a_number_in_a_large_batch(much_effort, monkeypatch):
     """The second exception: there it is the kernel that is padded, and 0 * NaN is NaN."""
+    constants = dataclasses.replace(tuning.TUNING, exchanged_rows_elements=0)
+    monkeypatch.setattr(tuning, "TUNING", constants)
     x = np.ones((2, 7, 7, 2), np.float32)
     x[0, 0, 0, 0] = np.nan
     kernel = np.ones((7, 7, 2, 1), np.float32)

@@ -247,14 +247,14 @@ def test_filters_share_what_a_tap_reads():
 @pytest.mark.parametrize("make", [forward, input_gradient, kernel_gradient])
 def test_windows_that_do_not_overlap_are_patches(make):
     """As copies of the image they took 50 to 100 times as long as in XLA."""
-    found = planned(make(size=64, c=3, k=8, stride=8, m=16))
+    found = planned(make(size=64, c=3, k=16, stride=16, m=16))
     assert type(found.algorithm) is plan.Patches
     assert found.kind == found.algorithm.kind == make.__name__.replace("_", " ")
     # More taps than patches: the kernel gradient is larger than the cotangent.
     assert type(planned(make(size=32, c=3, k=16, stride=16, m=384)).algorithm) is plan.Patches
     # So is not what has a single filter, or overlaps.
-    assert type(planned(make(size=64, c=3, k=8, stride=8)).algorithm) is not plan.Patches
-    assert type(planned(make(size=64, c=3, k=8, stride=7, m=2)).algorithm) is not plan.Patches
+    assert type(planned(make(size=64, c=3, k=16, stride=16)).algorithm) is not plan.Patches
+    assert type(planned(make(size=64, c=3, k=16, stride=15, m=2)).algorithm) is not plan.Patches
 
 
 def test_input_gradients_with_many_filters_are_products():
@@ -273,7 +273,7 @@ def test_input_gradients_with_many_filters_are_products():
 
 def test_what_xla_does_better_is_left_to_it():
     for sizes in (
-        dict(n=8, size=512, c=4, k=8, stride=8, m=32),  # patches with many results
+        dict(n=8, size=512, c=4, k=16, stride=16, m=128),  # patches with many results
         dict(n=2, size=112, c=3, k=7, stride=4, m=64),  # many taps and filters
         dict(n=3, size=32, c=18, k=2, stride=4, m=171),  # an odd number of filters
     ):

@@ -333,17 +333,28 @@ def test_temporary_memory(shape, channels):
         ((2, 112, 112, 3), 7, 64, 4),
         ((2, 56, 56, 32), 3, 8, 2),
         ((2, 56, 56, 8), 3, 32, 1),
+        ((4, 108, 20, 3), 4, 6, 2),
+        ((6, 34, 34, 3), 15, 24, 1),
+        ((3, 21, 36, 2), 6, 38, 4),
+        ((2, 23, 23, 18), 10, 5, 2),
+        ((2, 112, 112, 3), 5, 32, 2),
+        ((5, 79, 17, 34), 6, 31, 2),
     ],
     ids=str,
 )
 def test_temporary_memory_with_a_multiplier(shape, window, multiplier, stride):
-    """An image repeated for each filter before strides are taken was up to 86 times as large."""
+    """An image repeated for each filter before strides are taken was up to 86 times as large.
+
+    Patches of all taps of an input gradient would be 9 times as large, partial sums of a kernel
+    gradient 5 times.
+    """
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
     kernel = jax.ShapeDtypeStruct((window, window, shape[-1], multiplier), jnp.float32)
     f = functools.partial(depthwise_conv2d, strides=stride, padding="same")
     g = jax.eval_shape(f, x, kernel)
     assert temporary(f, x, kernel) <= 2.5
     assert temporary(lambda x, g: jax.linear_transpose(lambda k: f(x, k), kernel)(g), x, g) <= 2.5
+    assert temporary(lambda k, g: jax.linear_transpose(lambda x: f(x, k), x)(g), kernel, g) <= 2.5
 
 
 # What of JAX may go away

@@ -12,7 +12,9 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import add
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,7 @@ from jax import lax
 
 from flax_dwconv._lowering import forward_plan as plan
 from flax_dwconv._lowering import sums, windows, workarounds
-from flax_dwconv._lowering.axis import Axis, Run
+from flax_dwconv._lowering.axis import Axis, Run, inside
 
 
 def convolve(x: jax.Array, kernel: jax.Array, taps: plan.Taps) -> jax.Array:
@@ -53,14 +55,14 @@ def _interleaved(x: jax.Array, kernel: jax.Array, taps: plan.Taps) -> jax.Array:
 
     def build(d: int, phases: Iterator[plan.Phase]) -> jax.Array:
         if d == len(taps.axes):
-            return _phase(x, kernel, next(phases))
+            return _phase(x, kernel, next(phases), taps.exchanged)
         parts = [build(d + 1, phases) for _ in range(taps.counts[d])]
         return windows.interleave(parts, d + 1, taps.axes[d].out)
 
     return build(0, iter(taps.phases))
 
 
-def _phase(x: jax.Array, kernel: jax.Array, phase: plan.Phase) -> jax.Array:
+def _phase(x: jax.Array, kernel: jax.Array, phase: plan.Phase, exchanged: bool) -> jax.Array:
     kernel = kernel[tuple(slice(taps.start, taps.stop, taps.step) for taps in phase.taps)]
     match phase.algorithm:
         case plan.Zeros():
@@ -69,11 +71,11 @@ def _phase(x: jax.Array, kernel: jax.Array, phase: plan.Phase) -> jax.Array:
         case plan.Regions():
             return _regions(x, kernel, phase.axes, phase.algorithm)
         case plan.Rows():
-            return _rows(x, kernel, phase.axes, phase.algorithm)
+            return _rows(x, kernel, phase.axes, phase.algorithm, exchanged)
         case plan.Tiles():
-            return _tiles(x, kernel, phase.axes, phase.algorithm)
+            return _tiles(x, kernel, phase.axes, phase.algorithm, exchanged)
         case plan.Loop():
-            return _loop(x, kernel, phase.axes, phase.algorithm)
+            return _loop(x, kernel, phase.axes, phase.algorithm, exchanged)
         case _:
             raise AssertionError(phase.algorithm)
 
@@ -119,7 +121,9 @@ def _regions(
     return build({})
 
 
-def _rows(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis], rows: plan.Rows) -> jax.Array:
+def _rows(
+    x: jax.Array, kernel: jax.Array, axes: Sequence[Axis], rows: plan.Rows, exchanged: bool
+) -> jax.Array:
     """One phase in rows of few outputs, each output the sum of those taps that read inside the row.
 
     Padding a row of 7 for a 7x7 kernel would double it. If the other dimensions are as small, the
@@ -154,13 +158,33 @@ def _rows(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis], rows: plan.Rows
 
     images = windows_of(x, [not exchanged for exchanged in rows.exchanged])
     weights = windows_of(kernel[None], rows.exchanged)
+    reads = [axis.reads() for axis in outer]
+
+    @functools.cache
+    def seen(row: tuple[int, ...], b: int) -> jax.Array | None:
+        """Returns the weight `b` of a row as `_Tiles._seen` does, if it is a pixel."""
+        y = weights((*row, b))
+        for d, (a, swapped) in enumerate(zip(row, rows.exchanged, strict=True)):
+            if swapped or not exchanged:
+                continue
+            if a not in reads[d]:
+                return None
+            first, run = reads[d][a]
+            if run.count < outer[d].out:
+                shape = [outer[d].out if e == d + 1 else n for e, n in enumerate(y.shape)]
+                y = lax.broadcast_in_dim(y, shape, range(y.ndim))
+                o = lax.broadcasted_iota("int32", shape, d + 1)
+                mask = lax.bitwise_and(lax.ge(o, first), lax.lt(o, first + run.count))
+                y = lax.select(mask, y, lax.full_like(y, 0))
+        return y
+
     outputs: list[sums.Terms] = [{} for _ in range(last.out)]
     for i, terms in enumerate(outputs):
         for row in itertools.product(*[range(axis.kernel) for axis in outer]):
             for b in range(last.kernel):
                 t = i * last.stride + b * last.rhs_dilation - last.low
-                if 0 <= t < last.size:
-                    terms[*row, b] = windows.multiply(images((*row, t)), weights((*row, b)))
+                if 0 <= t < last.size and (weight := seen(row, b)) is not None:
+                    terms[*row, b] = windows.multiply(images((*row, t)), weight)
     shape = (x.shape[0], *[axis.out for axis in outer], 1, x.shape[-1])
     y = lax.concatenate(sums.together(outputs, rows.row_by_row, shape, x.dtype), len(axes))
     return lax.rev(y, [d for d, exchanged in enumerate(rows.exchanged, 1) if exchanged])
@@ -185,9 +209,11 @@ class _Tiles:
         axes: Sequence[Axis],
         outputs: int,
         row_by_row: bool,
+        exchanged: bool,
     ) -> None:
         *outs, last = [axis.out for axis in axes]
         self._axes, self._outputs, self._row_by_row = axes, outputs, row_by_row
+        self._exchanged = exchanged
         self._blocks = [*outs, -(-last // outputs)]
         self._steps = [axis.stride for axis in axes]
         self._steps[-1] *= outputs
@@ -204,7 +230,11 @@ class _Tiles:
         return windows.repeated(image, self.shape)
 
     def add(
-        self, outputs: Sequence[sums.Terms], window: windows.Reader, kernel: jax.Array
+        self,
+        outputs: Sequence[sums.Terms],
+        window: windows.Reader,
+        kernel: jax.Array,
+        corner: Sequence[Any] | None = None,
     ) -> list[jax.Array]:
         """Adds the taps of `kernel` to what is summed up for each output of a tile.
 
@@ -212,6 +242,8 @@ class _Tiles:
           outputs: what is summed up already.
           window: of the image, such that the first tap reads at position 0.
           kernel: `(*sizes, c)`: some taps.
+          corner: the first of these taps, in a loop known only when the program runs; None is the
+            first of all.
         """
         images = functools.cache(lambda *at: window(at, self._blocks, self._steps))
         weights = windows.weights_of(kernel, len(self._axes))
@@ -221,28 +253,71 @@ class _Tiles:
                 *rows, at = [a * gap for a, gap in zip(tap, apart, strict=True)]
                 image = images(*rows, at + i * self._axes[-1].stride)
                 image = windows.repeated(image, self.shape)
-                terms[tap] = lax.mul(image, weights(tap, self.shape))
+                weight = weights(tap, self.shape)
+                if self._exchanged:
+                    weight = self._seen(weight, tap if corner is None else map(add, corner, tap), i)
+                if weight is not None:
+                    terms[tap] = lax.mul(image, weight)
         return sums.together(outputs, self._row_by_row, self.shape, self.x.dtype)
+
+    def _seen(self, weight: jax.Array, tap: Iterable[Any], i: int) -> jax.Array | None:
+        """Returns `weight` for those outputs for which the tap reads inside, 0 for the others.
+
+        If image and kernel have exchanged their roles, the weight is a pixel, and what is padded is
+        the kernel. A pixel that is not a number must not reach the outputs that do not see it, and
+        0 * NaN is NaN.
+
+        Args:
+          weight: of one tap, of the shape of one output of each tile.
+          tap: its place in the kernel.
+          i: which output of a tile it is.
+
+        Returns:
+          The weight, or None if the tap reads outside for all of them.
+        """
+        masks = []
+        for d, (a, axis) in enumerate(zip(tap, self._axes, strict=True)):
+            last = d == len(self._axes) - 1
+            start = a * axis.rhs_dilation - axis.low + i * axis.stride * last
+            step, count = self._steps[d], self._blocks[d]
+            if isinstance(start, int):
+                outputs = inside(start, step, count, axis.size)
+                if not outputs:
+                    return None
+                if len(outputs) == count:
+                    continue
+            at = start + step * lax.iota("int32", count)
+            mask = lax.bitwise_and(lax.ge(at, 0), lax.lt(at, axis.size))
+            masks.append(lax.broadcast_in_dim(mask, self.shape, (d + 1,)))
+        if not masks:
+            return weight
+        return lax.select(
+            functools.reduce(lax.bitwise_and, masks), weight, lax.full_like(weight, 0)
+        )
 
     def join(self, outputs: Sequence[jax.Array]) -> jax.Array:
         """Returns the outputs of all tiles in their order."""
         return windows.interleave(outputs, len(self._axes), self._axes[-1].out)
 
 
-def _tiles(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis], plan_: plan.Tiles) -> jax.Array:
+def _tiles(
+    x: jax.Array, kernel: jax.Array, axes: Sequence[Axis], plan_: plan.Tiles, exchanged: bool
+) -> jax.Array:
     """One phase in tiles, all taps one by one."""
-    tiles = _Tiles(x, kernel.shape[len(axes) :], axes, plan_.outputs, plan_.row_by_row)
+    tiles = _Tiles(x, kernel.shape[len(axes) :], axes, plan_.outputs, plan_.row_by_row, exchanged)
     outputs: list[sums.Terms] = [{} for _ in range(plan_.outputs)]
     return tiles.join(tiles.add(outputs, functools.partial(windows.window, tiles.x), kernel))
 
 
-def _loop(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis], loop: plan.Loop) -> jax.Array:
+def _loop(
+    x: jax.Array, kernel: jax.Array, axes: Sequence[Axis], loop: plan.Loop, exchanged: bool
+) -> jax.Array:
     """One phase in tiles, whose taps are loops: a kernel with many taps compiles in time."""
     tail = kernel.shape[len(axes) :]
-    tiles = _Tiles(x, tail, axes, loop.outputs, loop.row_by_row)
+    tiles = _Tiles(x, tail, axes, loop.outputs, loop.row_by_row, exchanged)
     apart, zeros = [axis.rhs_dilation for axis in axes], [0 for _ in tail]
 
-    def add(outputs: list[jax.Array], columns: plan.Pass) -> list[jax.Array]:
+    def add_columns(outputs: list[jax.Array], columns: plan.Pass) -> list[jax.Array]:
         part = lax.slice_in_dim(kernel, columns.start, columns.stop, axis=len(axes) - 1)
 
         def step(i: jax.Array, outputs: list[jax.Array]) -> list[jax.Array]:
@@ -253,7 +328,7 @@ def _loop(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis], loop: plan.Loop
             at[-1] += columns.start
             start = [a * gap for a, gap in zip(at, apart, strict=True)]
             window = windows.moving_window(tiles.x, start)
-            return tiles.add([{(): y} for y in outputs], window, taps)
+            return tiles.add([{(): y} for y in outputs], window, taps, at)
 
         # Two passes in one. XLA writes the sums elsewhere than it reads them, and after a single
         # pass copies them back; of two, the second writes where the first read: 0.65 of the time.
@@ -262,5 +337,5 @@ def _loop(x: jax.Array, kernel: jax.Array, axes: Sequence[Axis], loop: plan.Loop
     # Sharded, and varying in a `shard_map`, as what is added to them.
     outputs = [lax.full_like(tiles.first(), 0)] * loop.outputs
     for columns in loop.passes:
-        outputs = add(outputs, columns)
+        outputs = add_columns(outputs, columns)
     return tiles.join(outputs)

@@ -164,12 +164,15 @@ def choose(
     reason = None if interleaved else _better_in_tiles(axes, effort, tuning)
     regions = region_taps <= effort.region_taps and reason is None
     crop = None
-    if interleaved and not regions:
+    if interleaved and not regions and not exchanged:
         crop, phases = _same_image(phases)
     chosen = []
     for parts in itertools.product(*phases):
         taps, geometry = zip(*parts, strict=True)
-        algorithm = Regions(padded) if regions else _padded(geometry, effort.products, tuning)
+        algorithm = Regions(padded)
+        if not regions:
+            rows = elements >= tuning.exchanged_rows_elements and not exchanged
+            algorithm = _padded(geometry, effort.products, tuning, rows)
         chosen.append(Phase(taps, geometry, algorithm))
     counts = tuple(len(of_axis) for of_axis in phases)
     why = reason or "{} taps in regions, {} {} for {}".format(
@@ -253,13 +256,16 @@ def _better_in_tiles(axes: Sequence[Axis], effort: Effort, tuning: Tuning) -> st
     return None
 
 
-def _padded(axes: Sequence[Axis], products: int, tuning: Tuning) -> Zeros | Rows | Tiles | Loop:
+def _padded(
+    axes: Sequence[Axis], products: int, tuning: Tuning, may_exchange: bool
+) -> Zeros | Rows | Tiles | Loop:
     """Returns the algorithm for a phase that has no regions.
 
     Args:
       axes: its geometry.
       products: the most products of a pass of the inner loop; with 1, outputs are single ones.
       tuning: the constants.
+      may_exchange: whether image and kernel may exchange their roles along some dimensions.
     """
     sizes = [axis.kernel for axis in axes]
     taps = math.prod(sizes)
@@ -271,7 +277,10 @@ def _padded(axes: Sequence[Axis], products: int, tuning: Tuning) -> Zeros | Rows
         row_by_row = outputs >= tuning.outputs_row_by_row
         return Loop(outputs, row_by_row, passes, tuning.parallel_loops)
     if products > 1 and axes[-1].out <= tuning.row_outputs:
-        exchanged = tuple(axis.size <= axis.kernel and axis.rhs_dilation == 1 for axis in axes[:-1])
+        exchanged = tuple(
+            may_exchange and axis.size <= axis.kernel and axis.rhs_dilation == 1
+            for axis in axes[:-1]
+        )
         return Rows(exchanged, axes[-1].out >= tuning.outputs_row_by_row)
     outputs = max(min(tuning.tile_outputs, products // taps), 1)
     return Tiles(outputs, outputs >= tuning.outputs_row_by_row)

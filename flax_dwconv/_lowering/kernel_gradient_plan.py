@@ -94,7 +94,7 @@ def allows(axes: Sequence[Axis]) -> bool:
 
 
 def choose(
-    examples: int, axes: Sequence[Axis], channels: int, tuning: Tuning
+    examples: int, axes: Sequence[Axis], channels: int, tuning: Tuning, filters: int = 1
 ) -> tuple[KernelGradient, str]:
     """Returns the algorithm for the kernel gradient of one image and cotangent, and why.
 
@@ -104,6 +104,7 @@ def choose(
         `rhs_dilation` is 1 on each axis, the same one on all.
       channels: of image and cotangent.
       tuning: the constants.
+      filters: for each channel.
     """
     exchanged = any(axis.lhs_dilation > 1 for axis in axes)
     if exchanged:
@@ -145,7 +146,12 @@ def choose(
         starts = [range(f, n * gap + f, gap) for f, n, gap in zip(first, grid, apart, strict=True)]
         corners = itertools.product(*starts)
         blocks = [_blocks(axes, at, taps, along, positions, tuning) for at in corners]
-        return result(blocks, None), f"{why}; passes one by one: {passes}"
+        # The partial sums of all passes are in memory at the same time. With several filters, they
+        # are as large as so many cotangents.
+        partial = sum(math.prod(taps) * math.prod(block.counts) for of in blocks for block in of)
+        few = partial <= tuning.partial_sums * math.prod(axis.kernel for axis in axes)
+        if filters == 1 or few:
+            return result(blocks, None), f"{why}; passes one by one: {passes}"
     extent = [dataclasses.replace(axis, out=n).reach for axis, n in zip(axes, taps, strict=True)]
     reach = [(n - 1) * gap + e for n, gap, e in zip(grid, apart, extent, strict=True)]
     start = [0 for _ in axes]

@@ -182,6 +182,8 @@ class Plan:
         a forward convolution. None, if it is left to XLA.
       groups: the number of groups, the channels of a depthwise convolution.
       filters: how the filters of a channel share what a tap reads.
+      padded: how many filters of zeros are added to those of each channel. Loops over a number of
+        filters that is no multiple of a vector's elements are hardly vectorised.
       accumulator: the name of the dtype that sums are computed in.
     """
 
@@ -190,6 +192,7 @@ class Plan:
     kind: Kind | None = None
     groups: int = 1
     filters: Filters = "one by one"
+    padded: int = 0
     accumulator: str = "float32"
 
 
@@ -240,17 +243,14 @@ def plan(convolution: Convolution, tuning: Tuning) -> Plan:
     if features == 1 < m:
         image, kernel, result = (math.prod(operand.shape) for operand in convolution.operands)
         filters = _filters(axes, m, image, kernel if gradient else result, tuning)
-    if several := _several_filters(convolution, axes, gradient, q, m, tuning):
-        algorithm, why, kind = several
-        if algorithm is None:
-            return Plan(None, why)
-        return Plan(algorithm, why, kind, groups, accumulator=accumulator)
+    if special := _several_filters(convolution, axes, gradient, q, m, tuning):
+        return dataclasses.replace(special, groups=groups, accumulator=accumulator)
     if gradient:
         if filters == "copies" and groups > tuning.copied_channels:
             filters = "one by one"
         channels = groups if filters == "one by one" else groups * m
-        algorithm, why = kernel_gradient_plan.choose(q, axes, channels, tuning)
-        return Plan(algorithm, why, "kernel gradient", groups, filters, accumulator)
+        algorithm, why = kernel_gradient_plan.choose(q, axes, channels, tuning, m)
+        return Plan(algorithm, why, "kernel gradient", groups, filters, accumulator=accumulator)
     dilated = any(axis.lhs_dilation > 1 for axis in axes)
     if q > 1:
         # One more dimension, that has one window: `q` times as many taps in one pass. As `q`
@@ -262,7 +262,10 @@ def plan(convolution: Convolution, tuning: Tuning) -> Plan:
     broadcast = filters == "broadcast"
     algorithm, why = forward_plan.choose(n, kernels, axes, channels, tuning, broadcast)
     kind: Kind = "input gradient" if dilated or q > 1 else "forward"
-    return Plan(algorithm, why, kind, groups, filters, accumulator)
+    taps = math.prod(axis.kernel for axis in axes)
+    whole = broadcast and m > tuning.vector // 2 and taps >= tuning.vector_taps
+    padded = -m % tuning.vector if whole else 0
+    return Plan(algorithm, why, kind, groups, filters, padded, accumulator)
 
 
 def _filters(axes: Sequence[Axis], m: int, image: int, other: int, tuning: Tuning) -> Filters:
@@ -285,7 +288,7 @@ def _filters(axes: Sequence[Axis], m: int, image: int, other: int, tuning: Tunin
     if too_large:
         return "broadcast"
     strided = any(axis.stride > 1 or axis.rhs_dilation > 1 for axis in axes)
-    return "broadcast" if m % 8 == 0 or m >= 32 or (m == 4 and strided) else "copies"
+    return "broadcast" if m % tuning.vector == 0 or m >= 32 or (m == 4 and strided) else "copies"
 
 
 def _several_filters(
@@ -295,10 +298,8 @@ def _several_filters(
     q: int,
     m: int,
     tuning: Tuning,
-) -> tuple[Patches | Overlap | None, str, Kind] | None:
-    """Returns what serves several filters a channel better than a sum over taps, or None.
-
-    None as the algorithm leaves the convolution to XLA.
+) -> Plan | None:
+    """Returns the plan of what several filters a channel are better served by than taps, or None.
 
     Args:
       convolution: what JAX is to lower.
@@ -311,29 +312,30 @@ def _several_filters(
     taps = math.prod(axis.out if gradient else axis.kernel for axis in axes)
     cut = _in_patches(convolution, axes)
     many = f"{max(m, q)} filters of {taps} taps for each channel"
-    if cut == "input gradient" and q > 1 and q * taps >= tuning.patch_products:
-        return Patches(axes, cut), f"no two windows overlap, and {many}", cut
-    if cut == "kernel gradient" and m > 1 and (taps == 1 or taps >= tuning.patch_taps):
-        return Patches(axes, cut), f"no two windows overlap, and {many}", cut
-    if gradient:
+    patches = Plan(Patches(axes, cut), f"no two windows overlap, and {many}", cut) if cut else None
+    if cut == "kernel gradient" and m > 1:
+        longest = max(axis.out if gradient else axis.kernel for axis in axes)
+        if longest == 1 or longest >= tuning.gradient_patch_sizes:
+            return patches
+    if gradient or m == q == 1:
         return None
+    if cut == "input gradient" and q * taps >= tuning.patch_products:
+        return patches
     if q > 1:
         overlap = _overlap(convolution, axes, q, m, tuning)
-        return overlap and (overlap, f"windows overlap, and {many}", "input gradient")
-    if m == 1:
-        return None
-    left = convolution.tag != "taps" and not convolution.wrong_in_xla
+        return overlap and Plan(overlap, f"windows overlap, and {many}", "input gradient")
     result = math.prod(convolution.out.shape)
-    if (
-        cut == "forward"
-        and taps >= tuning.patch_taps
-        and not (left and result >= tuning.patch_results)
-    ):
-        return Patches(axes, cut), f"no two windows overlap, and {many}", cut
-    if left and taps >= tuning.xla_taps and m * taps >= tuning.xla_products:
-        return None, many, "forward"
-    if left and len(axes) == 2 and m >= tuning.xla_filters and m % 8:
-        return None, many, "forward"
+    asked = convolution.tag == "taps" or convolution.wrong_in_xla
+    if cut == "forward" and taps >= tuning.patch_taps and (asked or result < tuning.patch_results):
+        return patches
+    dilated = any(axis.lhs_dilation > 1 for axis in axes)  # which XLA is slow at
+    if asked or dilated or len(axes) > 2 or result * taps < tuning.xla_work:
+        return None
+    odd = m % tuning.vector > 0
+    few_taps = taps <= tuning.xla_few_taps and m >= tuning.xla_filters
+    many_taps = taps >= tuning.xla_taps and m * taps >= tuning.xla_products
+    if many_taps or (odd and (few_taps or m * taps >= tuning.xla_odd_products)):
+        return Plan(None, many)
     return None
 
 

@@ -15,6 +15,7 @@ from flax_dwconv._lowering import (
     patches,
     product,
     tuning,
+    windows,
     workarounds,
 )
 from flax_dwconv._lowering import plan as plans
@@ -59,11 +60,15 @@ def cached(
             x = jnp.repeat(x, kernel.shape[0], -1)
             kernel = jnp.moveaxis(kernel, 0, -1).reshape(*kernel.shape[1:-1], -1)[None]
         elif plan.filters == "broadcast":
+            kernel = windows.pad(kernel, 0, 0, plan.padded)
             kernel = jnp.moveaxis(kernel, 0, -1)[None]  # (1, q, *kernels, c, m)
         if tricks:
             x, kernel = workarounds.materialized(x, kernel)
         y = _algorithm(x, kernel, plan.algorithm, precision)  # (n, m, *outs, c)
         if plan.filters == "broadcast":
+            if plan.padded:
+                (y,) = workarounds.materialized(y)
+                y = windows.pad(y, y.ndim - 1, 0, -plan.padded)
             y = y.reshape(*y.shape[:-2], -1)
         order = [(0,), (y.ndim - 1, 1), *[(i,) for i in range(2, y.ndim - 1)]]
         at = sorted(range(len(order)), key=out_spec.__getitem__)

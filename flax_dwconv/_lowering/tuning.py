@@ -37,24 +37,47 @@ class Tuning:
     """Every tuning constant, in the order in which the algorithms ask for them.
 
     Attributes:
-      patch_products: the fewest filters of a channel times taps for which a convolution whose
-        windows do not overlap, and each of its gradients, is a matrix product of patches. On 4
-        images of 224x224x3, 16x16 kernels with strides of 16 and 64 filters take 0.4 ms forward,
-        as taps 50 ms and in XLA 0.8 ms; a gradient by the image 0.4, 580 and 1,500 ms. With fewer
-        products, 2x2 kernels with 4 filters for each of 64 channels, patches take 1.2 to 1.6 times
-        as long as taps. No layer of the benchmark has a multiplier.
+      patch_products: the fewest filters of a channel times taps for which the input gradient of a
+        convolution whose windows do not overlap is a product of patches. On 4 images of 224x224x3,
+        16x16 kernels with strides of 16 and 64 filters take 0.4 ms, as taps 580 and in XLA 1,500
+        ms. With fewer products, 2x2 kernels with 4 filters for each of 64 channels, patches take
+        1.2 to 1.6 times as long as taps. This and all that follows up to `vector_taps` is measured
+        with `--scan multipliers SEED N`: no layer of the benchmark has a multiplier.
+      patch_taps: the fewest taps for which the forward convolution is patches; with fewer, taps
+        that are broadcast to the filters take 0.2 to 1.1 times as long, or XLA's convolution does.
       patch_results: from as many results on, XLA computes the forward convolution of patches. For
         9,400,000 results of 16 taps, patches take 12 ms and XLA 3.4 ms. For 4,200,000 results of 9
-        taps, the limit, patches take 1.5 ms and XLA 1.9 ms. The gradients stay products: XLA's take
-        2.5 to 40 times as long.
-      copies_memory: a sum over taps copies the image once for each filter of a channel. The copies
-        may have this many times the elements of image and result together; for a kernel gradient,
-        of image and cotangent. Beyond that, what does not overlap is patches. What overlaps XLA
-        computes, if it is a forward convolution and no taps were asked for: it then takes 0.4 to
-        2.2 times as long. A kernel gradient is computed filter by filter, which takes 0.2 to 2.7
-        times as long.
-      copies_elements: copies of at most as many elements are always made, however small the image
-        is. In float32 they take half a MB.
+        taps, the limit, patches take 1.5 ms and XLA 1.9 ms.
+      gradient_patch_sizes: the kernel gradient is patches if the kernel has as many taps along one
+        dimension, or a single tap. With fewer, broadcast taps take 0.2 to 1.5 times as long.
+      xla_work: with fewer products of results and taps, nothing is left to XLA for its speed.
+      xla_taps: XLA computes a forward convolution of one or two dimensions that has as many taps and
+        `xla_products`. Ours then takes 1.1 to 2.8 times as long. In three dimensions XLA is never
+        the faster one.
+      xla_products: the fewest filters of a channel times taps for that.
+      xla_odd_products: the same if the filters are no multiple of `vector`, whatever the number of
+        taps is. Of 275 drawn convolutions, 2 took more than 1.1 times XLA's time with these rules
+        (1.15 at most).
+      xla_few_taps: kernels of at most as many taps are left to XLA, too, if there are `xla_filters`
+        and these are no multiple of `vector`: it then takes 0.3 to 1.0 times as long.
+      xla_filters: the fewest filters of a channel for that.
+      copies_memory: a sum over taps may copy the image once for each filter of a channel. The
+        copies, with their pads, may have this many times the elements of image and result together;
+        for a kernel gradient, of image and cotangent. Beyond that, what a tap reads is broadcast to
+        the filters instead.
+      vector: filters are broadcast in any case if their number is a multiple of this, or at least
+        32. Other numbers are padded with zeros: without that, 35 filters of 16 taps take 3.9 times
+        as long, 126 of 49 taps 4.8 times.
+      vector_taps: the fewest taps for which that is done. It costs a copy of the result: with a
+        single tap, twice the time.
+      overlap_filters: the fewest filters of a channel for which an input gradient is a product over
+        the filters and a sum over the taps, where windows overlap. It takes 0.05 to 1.1 of the time
+        of taps with at least as many filters, with 3 to 6 filters 0.4 to 2.4 of it.
+      overlap_padded: with fewer filters, too, if a padded cotangent has more than this many times
+        the positions of the cotangent. Taps would need as much memory.
+      copied_channels: a kernel gradient with few filters is computed on one copy of the image for
+        each if there are at most as many channels. Kernel gradients then take 0.1 to 0.8 of the time
+        that they take filter by filter; with more channels than this 0.9 to 3 times as long.
       efforts: how much is compiled depends on how much there is to compute; ascending in
         `elements`, the first from 0 on. With pads, a 3x3 kernel has 21 taps in regions and a 5x5
         one 361. Each of these takes 1 to 3 ms to compile, as does a product. Without regions and
@@ -84,6 +107,10 @@ class Tuning:
         'ConvNeXtTiny-*'.
       row_outputs: rows of at most as many outputs are computed as a whole. Layer:
         'ConvNeXtTiny-4'.
+      exchanged_rows_elements: from as many elements on, image and kernel may exchange their roles in
+        such rows. For 32 images of 7x7x768 and a 7x7 kernel, not exchanging them takes 1.25 times
+        as long; for 8 and for one, 0.85 and 1.0 times. Exchanged, a pixel that is not a number
+        reaches outputs that do not see it. Layer: 'ConvNeXtTiny-4'.
       unrolled_taps: the most taps that are compiled one by one; a kernel with more is a loop.
         Compile time grows with the taps.
       loop_outputs: neighbouring outputs that a loop over a kernel computes together.
@@ -92,12 +119,6 @@ class Tuning:
         row by row of the kernel: a row of all outputs, then the next row. With fewer outputs, each
         addition would wait for the one before, so each output is a tree of rows of its own: two
         outputs of a 7x7 kernel take 0.8 of the time. Layers: 'ConvNeXtTiny-*'.
-      copied_channels: a kernel gradient with a multiplier is computed on one copy of the image for
-        each filter of a channel if there are at most as many channels. A forward convolution always
-        is: copies are in the order of the result. Forward, copies take 0.2 to 0.8 of the time that
-        one kernel after the other and a transposition take, with 5x5 and 7x7 kernels about as long.
-        Kernel gradients take 0.1 to 0.8 of it, but with more channels than this 0.9 to 3 times as
-        long.
       all_taps: the most taps of a kernel whose gradients are all computed in one pass of the inner
         loop, which reads image and cotangent once: on 8 images of 56x56x144, the gradient of a 3x3
         kernel takes 0.65 of the time. Layers: 'MobileNetV2-*'.
@@ -114,19 +135,29 @@ class Tuning:
       unrolled_bodies_large: the same for a large image, and in units of `row_products` the most
         products of passes that are compiled one by one there.
       unrolled_bodies_elements: the fewest elements of a large image in that sense.
+      partial_sums: with several filters of a channel, passes are compiled one by one only if their
+        partial sums, which are all in memory at once, are at most as many cotangents. A 6x6 kernel
+        with strides of 2 and 31 filters on 5 images of 79x17x34 needed 4.9 times operands and
+        results, in a loop 1.0.
       parallel_loops: whether the passes of a loop need `workarounds.parallel`, which is for
         XLA:CPU.
     """
 
     patch_products: int = 64
     patch_results: int = 1 << 22
-    patch_taps: int = 64
+    patch_taps: int = 200
+    gradient_patch_sizes: int = 10
+    xla_work: int = 1 << 16
     xla_taps: int = 25
     xla_products: int = 1500
-    xla_filters: int = 64
+    xla_odd_products: int = 1200
+    xla_few_taps: int = 4
+    xla_filters: int = 32
     copies_memory: float = 2.5
+    vector: int = 8
+    vector_taps: int = 6
     overlap_filters: int = 8
-    overlap_padded: float = 2.0
+    overlap_padded: float = 1.5
     copied_channels: int = 16
     efforts: tuple[Effort, ...] = (
         Effort(0, region_taps=30, products=1),
@@ -139,6 +170,7 @@ class Tuning:
     whole_image_tile_taps: int = 27
     tile_outputs: int = 7
     row_outputs: int = 8
+    exchanged_rows_elements: int = 1 << 19
     unrolled_taps: int = 64
     loop_outputs: int = 4
     loop_products: int = 128
@@ -152,6 +184,7 @@ class Tuning:
     unrolled_bodies: int = 3
     unrolled_bodies_large: int = 5
     unrolled_bodies_elements: int = 1 << 19
+    partial_sums: float = 1.0
     parallel_loops: bool = True
 
 
