@@ -183,8 +183,10 @@ def _rows(
         for row in itertools.product(*[range(axis.kernel) for axis in outer]):
             for b in range(last.kernel):
                 t = i * last.stride + b * last.rhs_dilation - last.low
-                if 0 <= t < last.size and (weight := seen(row, b)) is not None:
-                    terms[*row, b] = windows.multiply(images((*row, t)), weight)
+                if 0 <= t < last.size:
+                    image, weight = images((*row, t)), seen(row, b)
+                    if weight is not None:
+                        terms[*row, b] = windows.multiply(image, weight)
     shape = (x.shape[0], *[axis.out for axis in outer], 1, x.shape[-1])
     y = lax.concatenate(sums.together(outputs, rows.row_by_row, shape, x.dtype), len(axes))
     return lax.rev(y, [d for d, exchanged in enumerate(rows.exchanged, 1) if exchanged])

@@ -36,7 +36,8 @@ def multiply(x: jax.Array, kernel: jax.Array, overlap: plan.Overlap, precision: 
     """
     axes, rows = overlap.axes, overlap.rows
     n, q, *sizes, c = x.shape
-    # With the positions last, products take 0.3 to 1.0 of the time that they take with `q` last.
+    # With the positions last, an input gradient takes 0.3 to 1.5 of the time that it takes with `q`
+    # last: 0.9 in the median of 56 drawn ones.
     x = lax.transpose(x, [x.ndim - 1, 1, 0, *range(2, x.ndim - 1)]).reshape(c, q, -1)
     kernel = lax.transpose(kernel[0], [kernel.ndim - 2, *range(1, kernel.ndim - 2), 0])
 

@@ -12,7 +12,7 @@ JAX's transpose rule makes it. What autodiff derives from these again has no oth
 one operand can make the 1 larger.
 
 `plan` makes every choice, with `forward_plan` and `kernel_gradient_plan`; `forward`,
-`kernel_gradient`, `patches` and `product` emit what was chosen. Nothing is traced here.
+`kernel_gradient`, `overlap`, `patches` and `product` emit what was chosen. Nothing is traced here.
 """
 
 import dataclasses
@@ -322,8 +322,9 @@ def _several_filters(
     if cut == "input gradient" and q * taps >= tuning.patch_products:
         return patches
     if q > 1:
-        overlap = _overlap(convolution, axes, q, m, tuning)
-        return overlap and Plan(overlap, f"windows overlap, and {many}", "input gradient")
+        if overlap := _overlap(convolution, axes, q, m, tuning):
+            return Plan(overlap, f"windows overlap, and {many}", "input gradient")
+        return None
     result = math.prod(convolution.out.shape)
     asked = convolution.tag == "taps" or convolution.wrong_in_xla
     if cut == "forward" and taps >= tuning.patch_taps and (asked or result < tuning.patch_results):

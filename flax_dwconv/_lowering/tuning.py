@@ -44,22 +44,21 @@ class Tuning:
         1.2 to 1.6 times as long as taps. This and all that follows up to `vector_taps` is measured
         with `--scan multipliers SEED N`: no layer of the benchmark has a multiplier.
       patch_taps: the fewest taps for which the forward convolution is patches; with fewer, taps
-        that are broadcast to the filters take 0.2 to 1.1 times as long, or XLA's convolution does.
+        that are broadcast to the filters take 0.2 to 0.9 times as long in eight of ten cases.
       patch_results: from as many results on, XLA computes the forward convolution of patches. For
         9,400,000 results of 16 taps, patches take 12 ms and XLA 3.4 ms. For 4,200,000 results of 9
         taps, the limit, patches take 1.5 ms and XLA 1.9 ms.
       gradient_patch_sizes: the kernel gradient is patches if the kernel has as many taps along one
         dimension, or a single tap. With fewer, broadcast taps take 0.2 to 1.5 times as long.
       xla_work: with fewer products of results and taps, nothing is left to XLA for its speed.
-      xla_taps: XLA computes a forward convolution of one or two dimensions that has as many taps and
-        `xla_products`. Ours then takes 1.1 to 2.8 times as long. In three dimensions XLA is never
-        the faster one.
+      xla_taps: XLA computes a forward convolution of one or two dimensions that has as many taps
+        and `xla_products`. Broadcast taps then take 0.5 to 1.2 times as long in eight of ten cases, and
+        2.1 times at most. In three dimensions they take 0.05 to 0.45 times as long, 1.0 at most.
       xla_products: the fewest filters of a channel times taps for that.
       xla_odd_products: the same if the filters are no multiple of `vector`, whatever the number of
-        taps is. Of 275 drawn convolutions, 2 took more than 1.1 times XLA's time with these rules
-        (1.15 at most).
+        taps is. Broadcast taps then take 0.5 to 1.5 times as long in eight of ten cases.
       xla_few_taps: kernels of at most as many taps are left to XLA, too, if there are `xla_filters`
-        and these are no multiple of `vector`: it then takes 0.3 to 1.0 times as long.
+        and these are no multiple of `vector`: broadcast taps then take 0.5 to 1.9 times as long.
       xla_filters: the fewest filters of a channel for that.
       copies_memory: a sum over taps may copy the image once for each filter of a channel. The
         copies, with their pads, may have this many times the elements of image and result together;
@@ -71,13 +70,13 @@ class Tuning:
       vector_taps: the fewest taps for which that is done. It costs a copy of the result: with a
         single tap, twice the time.
       overlap_filters: the fewest filters of a channel for which an input gradient is a product over
-        the filters and a sum over the taps, where windows overlap. It takes 0.05 to 1.1 of the time
-        of taps with at least as many filters, with 3 to 6 filters 0.4 to 2.4 of it.
+        the filters and a sum over the taps, where windows overlap. It takes 0.05 to 0.7 of the time
+        of taps with at least as many filters, with fewer 0.4 to 2.4 of it.
       overlap_padded: with fewer filters, too, if a padded cotangent has more than this many times
         the positions of the cotangent. Taps would need as much memory.
       copied_channels: a kernel gradient with few filters is computed on one copy of the image for
-        each if there are at most as many channels. Kernel gradients then take 0.1 to 0.8 of the time
-        that they take filter by filter; with more channels than this 0.9 to 3 times as long.
+        each if there are at most as many channels. It then takes 0.1 to 0.8 of the time that it
+        takes filter by filter; with more channels than this 0.9 to 3 times as long.
       efforts: how much is compiled depends on how much there is to compute; ascending in
         `elements`, the first from 0 on. With pads, a 3x3 kernel has 21 taps in regions and a 5x5
         one 361. Each of these takes 1 to 3 ms to compile, as does a product. Without regions and
@@ -107,8 +106,8 @@ class Tuning:
         'ConvNeXtTiny-*'.
       row_outputs: rows of at most as many outputs are computed as a whole. Layer:
         'ConvNeXtTiny-4'.
-      exchanged_rows_elements: from as many elements on, image and kernel may exchange their roles in
-        such rows. For 32 images of 7x7x768 and a 7x7 kernel, not exchanging them takes 1.25 times
+      exchanged_rows_elements: from as many elements on, image and kernel may exchange their roles
+        in such rows. For 32 images of 7x7x768 and a 7x7 kernel, not exchanging them takes 1.25 times
         as long; for 8 and for one, 0.85 and 1.0 times. Exchanged, a pixel that is not a number
         reaches outputs that do not see it. Layer: 'ConvNeXtTiny-4'.
       unrolled_taps: the most taps that are compiled one by one; a kernel with more is a loop.
