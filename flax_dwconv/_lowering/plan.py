@@ -333,9 +333,10 @@ def _several_filters(
     if asked or dilated or len(axes) > 2 or result * taps < tuning.xla_work:
         return None
     odd = m % tuning.vector > 0
-    few_taps = taps <= tuning.xla_few_taps and m >= tuning.xla_filters
-    many_taps = taps >= tuning.xla_taps and m * taps >= tuning.xla_products
-    if many_taps or (odd and (few_taps or m * taps >= tuning.xla_odd_products)):
+    few_taps = len(axes) == 2 and taps <= tuning.xla_few_taps and m >= tuning.xla_filters
+    apart = any(axis.rhs_dilation > 1 for axis in axes)
+    many_taps = not apart and taps >= tuning.xla_taps and m * taps >= tuning.xla_products
+    if many_taps or (odd and (few_taps or (not apart and m * taps >= tuning.xla_odd_products))):
         return Plan(None, many)
     return None
 

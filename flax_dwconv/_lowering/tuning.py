@@ -51,14 +51,15 @@ class Tuning:
       gradient_patch_sizes: the kernel gradient is patches if the kernel has as many taps along one
         dimension, or a single tap. With fewer, broadcast taps take 0.2 to 1.5 times as long.
       xla_work: with fewer products of results and taps, nothing is left to XLA for its speed.
-      xla_taps: XLA computes a forward convolution of one or two dimensions that has as many taps
-        and `xla_products`. Broadcast taps then take 0.5 to 1.2 times as long in eight of ten cases, and
-        2.1 times at most. In three dimensions they take 0.05 to 0.45 times as long, 1.0 at most.
+      xla_taps: XLA computes a forward convolution of one or two dimensions, not dilated, that has
+        as many taps and `xla_products`. Broadcast taps then take 0.5 to 1.2 times as long in eight
+        of ten cases, and 2.1 times at most; with a dilation 0.15. In three dimensions they take
+        0.05 to 0.45 times as long, 1.0 at most.
       xla_products: the fewest filters of a channel times taps for that.
       xla_odd_products: the same if the filters are no multiple of `vector`, whatever the number of
         taps is. Broadcast taps then take 0.5 to 1.5 times as long in eight of ten cases.
-      xla_few_taps: kernels of at most as many taps are left to XLA, too, if there are `xla_filters`
-        and these are no multiple of `vector`: broadcast taps then take 0.5 to 1.9 times as long.
+      xla_few_taps: 2-D kernels of at most as many taps are left to XLA, too, if there are
+        `xla_filters` and these are no multiple of `vector`: broadcast taps then take 0.5 to 1.9 times as long.
       xla_filters: the fewest filters of a channel for that.
       copies_memory: a sum over taps may copy the image once for each filter of a channel. The
         copies, with their pads, may have this many times the elements of image and result together;
@@ -107,8 +108,8 @@ class Tuning:
       row_outputs: rows of at most as many outputs are computed as a whole. Layer:
         'ConvNeXtTiny-4'.
       exchanged_rows_elements: from as many elements on, image and kernel may exchange their roles
-        in such rows. For 32 images of 7x7x768 and a 7x7 kernel, not exchanging them takes 1.25 times
-        as long; for 8 and for one, 0.85 and 1.0 times. Exchanged, a pixel that is not a number
+        in such rows. For 32 images of 7x7x768 and a 7x7 kernel, not exchanging them takes 1.25
+        times as long; for 8 and for one, 0.85 and 1.0 times. Exchanged, a pixel that is not a number
         reaches outputs that do not see it. Layer: 'ConvNeXtTiny-4'.
       unrolled_taps: the most taps that are compiled one by one; a kernel with more is a loop.
         Compile time grows with the taps.
