@@ -1,5 +1,6 @@
 """The benchmark: its report of made-up times, its processes, one real run, its refusals."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -53,6 +54,8 @@ def test_drawn_layers():
         1,
         2,
     }
+    assert {case.activation for case in drawn} == set(cases.ACTIVATIONS)
+    assert Case("", 1, (7, 7), 24, (3, 3), 2, activation="silu").sizes == "7x7x24 k3x3 s2 silu"
     for case in drawn:
         (side, _), (k, _) = case.size, case.kernel
         assert 7 <= side <= 112 and 24 <= case.channels <= 960 and 3 <= k <= min(9, side)
@@ -80,6 +83,8 @@ def test_flipped_images_turn_same_into_equal_pads(case):
 
 PAIRS = [("images", peer) for peer in ("lax", "linen", "haiku", "torch")]
 PAIRS += [("volumes", peer) for peer in peers.FAMILIES["volumes"]]
+PAIRS += [(name, peer) for name in cases.ACTIVATIONS[1:] for peer in ("linen", "haiku", "torch")]
+PAIRS += [(name, "tensorflow") for name in cases.ACTIVATIONS]
 PAIRS += [("sequences", peer) for peer in ("lax", "shifts", "torch")]
 
 
@@ -87,7 +92,8 @@ PAIRS += [("sequences", peer) for peer in ("lax", "shifts", "torch")]
 @pytest.mark.filterwarnings("ignore")  # the peers' own
 def test_peers_compute_what_we_compute(family, peer):
     pytest.importorskip(peers.PEERS.get(peer, "jax"))
-    case, modes = SMALLEST[family], cases.MODES[family]
+    case = SMALLEST.get(family) or dataclasses.replace(TINY, activation=family)
+    modes = cases.MODES.get(family, ("forward", "train"))
     ours, theirs = peers.WORKERS[peers.OURS](), peers.WORKERS[peer]()
     for mode in modes:
         wanted = driver.magnitudes(ours(case, mode)["jit"]())
@@ -374,7 +380,7 @@ def test_the_tables():
     assert "failed: haiku: absent" in lines
     assert (
         "- forward, over the fastest peer of each layer: 1.41x; slower in 1 of 2, at worst "
-        "0.500x, small/1, PyTorch" in lines
+        "0.500x, small/1, PyTorch; 4.00x, tiny/2, PyTorch" in lines
     )
     assert "- forward, spread, medians: ours 1.25, PyTorch 1.25, flax.linen 1.25" in lines
 
@@ -425,7 +431,6 @@ def test_the_picture(empty, tmp_path):
         (["--layers", "Xception*", "MobileNetV1-7/32", "Xception-1"], 19, 0),
         (["--networks"], 0, 3),
         (["--networks", "MobileNetV2", "ConvNeXtTiny", "--layers", "ConvNeXtTiny-1"], 2, 2),
-        (["--draw", "0", "7"], 7, 0),
         (["--family", "sequences"], 6, 0),
         (["--family", "volumes", "--quick"], 5, 0),
     ],
@@ -434,6 +439,13 @@ def test_what_is_chosen(argv, layers, networks):
     args = program.parse(argv)
     assert (len(args.cases), len(args.networks)) == (layers, networks)
     assert args.peers == list(peers.FAMILIES[args.family])
+
+
+def test_what_is_drawn():
+    args = program.parse(["--draw", "0", "7"])
+    assert args.cases == cases.drawn(0, 7) and not args.networks
+    assert args.peers == ["torch", "tensorflow"]
+    assert program.parse(["--draw", "0", "7", "--peers", "linen"]).peers == ["linen"]
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,15 @@ MODES = {  # of each family of layers
     "sequences": ("forward", "state", "train", "step-1", "step-16", "chunk"),
 }
 _PIECES = {"step-1": (1, (1,)), "step-16": (16, (1,)), "chunk": (1, (16,))}  # batch, size
+# What follows a depthwise convolution in MobileNetV1 and V2, V3, EfficientNet and ConvNeXt.
+ACTIVATIONS = ("relu6", "relu", "hard_silu", "silu", "linear")
 NETWORK_MODES = ("infer", "train")
 NETWORKS = ("MobileNetV2", "EfficientNetB0", "ConvNeXtTiny")  # of keras.applications
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One layer, in float32, channels last: depthwise convolution, bias and relu6.
+    """One layer, in float32, channels last: depthwise convolution, bias and activation.
 
     With the padding "causal", it is the convolution alone, and gives the next state too.
     """
@@ -29,6 +31,7 @@ class Case:
     kernel: tuple[int, ...]  # as long as `size`
     stride: int | tuple[int, ...]  # of every dimension, or of each
     padding: str = "same"
+    activation: str = "relu6"  # one of `ACTIVATIONS`
 
     @property
     def label(self) -> str:
@@ -39,7 +42,8 @@ class Case:
     def sizes(self) -> str:
         """What the layer looks like, in one line."""
         parts = (*self.size, self.channels), self.kernel, np.atleast_1d(self.stride)
-        return "{} k{} s{}".format(*("x".join(map(str, part)) for part in parts))
+        other = "" if self.activation == "relu6" else f" {self.activation}"
+        return "{} k{} s{}".format(*("x".join(map(str, part)) for part in parts)) + other
 
     @property
     def out_shape(self) -> tuple[int, ...]:
@@ -128,10 +132,12 @@ def drawn(seed: int, count: int) -> list[Case]:
       count: how many layers.
     """
     rng, found = np.random.default_rng(seed), []
+    follows = np.random.default_rng((seed, 1))
     while len(found) < count:
         side, channels = int(rng.integers(7, 113)), int(rng.integers(24, 961))
         k, stride, batch = (int(rng.choice(few)) for few in ((3, 5, 7, 9), (1, 2), (1, 8, 32)))
         if batch * side**2 * channels <= 2**24 and k <= side:  # the images take 64 MiB at most
             name = f"drawn-{seed}-{len(found) + 1}"
-            found.append(Case(name, batch, (side, side), channels, (k, k), stride))
+            sizes = batch, (side, side), channels, (k, k), stride
+            found.append(Case(name, *sizes, activation=str(follows.choice(ACTIVATIONS))))
     return found

@@ -73,16 +73,33 @@ def our_layer(case: Case, method: Any = "auto") -> Apply:
     """This package's layer."""
     if case.padding == "causal":
         return partial(flax_dwconv.causal_conv1d, method=method)
-    make = getattr(flax_dwconv, f"DepthwiseConv{len(case.size)}D")
-    layer = make(case.kernel, case.stride, case.padding, activation="relu6", method=method)
+    make, activation = getattr(flax_dwconv, f"DepthwiseConv{len(case.size)}D"), case.activation
+    layer = make(case.kernel, case.stride, case.padding, activation=activation, method=method)
     return lambda x, kernel, bias: layer.apply({"params": {"bias": bias, "kernel": kernel}}, x)
+
+
+def activation_of(case: Case, library: Any) -> Apply:
+    """Returns the activation of a layer, from a library that has it as a function of its name.
+
+    Args:
+      case: the layer.
+      library: `flax.linen` or `tf.nn`.
+    """
+    match case.activation:
+        case "linear":
+            return lambda y: y
+        case "hard_silu":  # `tf.nn` has none
+            return lambda y: y * library.relu6(y + 3) * (1 / 6)
+        case name:
+            return getattr(library, name)
 
 
 def linen_layer(case: Case) -> Apply:
     """`flax.linen.Conv`, one group for each channel."""
     c, padding = case.channels, case.padding.upper()
     layer: Any = nn.Conv(c, case.kernel, case.stride, padding, feature_group_count=c)
-    return lambda x, kernel, bias: nn.relu6(  # a kernel (kh, kw, 1, c)
+    activation = activation_of(case, nn)
+    return lambda x, kernel, bias: activation(  # a kernel (kh, kw, 1, c)
         layer.apply({"params": {"bias": bias, "kernel": kernel.swapaxes(-1, -2)}}, x)
     )
 
@@ -95,7 +112,8 @@ def haiku_layer(case: Case) -> Apply:
     @haiku.transform
     def layer(x: Any) -> Any:
         make, padding = getattr(haiku, f"DepthwiseConv{len(case.size)}D"), case.padding.upper()
-        return nn.relu6(make(1, case.kernel, case.stride, padding=padding, name="layer")(x))
+        y = make(1, case.kernel, case.stride, padding=padding, name="layer")(x)
+        return activation_of(case, nn)(y)
 
     return lambda x, kernel, bias: layer.apply(  # a kernel (kh, kw, 1, c)
         {"layer": {"b": bias, "w": kernel.swapaxes(-1, -2)}}, x
@@ -124,11 +142,18 @@ def torch_layer() -> Build:
         train, same, c = mode == "train", case.padding == "same", case.channels
         convolve: Any = partial(getattr(functional, f"conv{len(case.size)}d"), groups=c)
         pads = [k // 2 if same else 0 for k in case.kernel]
+        if case.activation == "linear":
+            activation = torch.nn.Identity()
+        else:
+            name = "hardswish" if case.activation == "hard_silu" else case.activation
+            # In place, unless the gradient would need a copy of what it overwrites.
+            in_place = not train or name in ("relu", "relu6")
+            activation = partial(getattr(functional, name), inplace=in_place)
 
         def forward(x: Any, kernel: Any, *other: Any) -> Any:
             if case.padding != "causal":
                 y = convolve(x, kernel, *other, case.stride, pads)
-                return functional.relu6(y, inplace=True), ()
+                return activation(y), ()
             before = case.kernel[0] - 1
             if other:  # the state
                 past = torch.cat([*other, x], -1)
@@ -162,13 +187,15 @@ def tensorflow_layer() -> Build:
     import tensorflow as tf
 
     def make(case: Case, train: bool) -> Apply:
+        activation = activation_of(case, tf.nn)
+
         @tf.function
         def run(x: Any, kernel: Any, bias: Any, *cotangent: Any) -> Any:
             with tf.GradientTape() as tape:
                 tape.watch([x, kernel, bias] if train else [])
                 strides, padding = [1, case.stride, case.stride, 1], case.padding.upper()
                 y = tf.nn.depthwise_conv2d(x, kernel, strides, padding)
-                y = tf.nn.relu6(tf.nn.bias_add(y, bias))
+                y = activation(tf.nn.bias_add(y, bias))
             return y, tape.gradient(y, [x, kernel, bias], *cotangent) if train else ()
 
         return run

@@ -97,11 +97,13 @@ def summary(report: Report) -> str:
         over = report.speedups(mode)
         rows |= {NAMES[mode]: mean(over), f"{NAMES[mode]}, worst case": over.min()}
         if len(fastest := over.min(axis=1).dropna()):
-            worst = fastest.idxmin()
+            worst = [
+                f"{times(ratio)}, {label}, {NAMES[over.loc[label].idxmin()]}"
+                for label, ratio in fastest.nsmallest(5).items()
+            ]
             lines.append(
                 f"- {NAMES[mode]}, over the fastest peer of each layer: {times(mean(fastest))}; "
-                f"slower in {(fastest < 1).sum()} of {len(fastest)}, at worst "
-                f"{times(fastest[worst])}, {worst}, {NAMES[over.loc[worst].idxmin()]}"
+                f"slower in {(fastest < 1).sum()} of {len(fastest)}, at worst {'; '.join(worst)}"
             )
         for what, words in {"spread": "spread", "compile": "seconds to compile"}.items():
             medians = report.table(what, mode).median().items()
