@@ -27,10 +27,12 @@ ALLOWED = {
     "_lowering.tuning": set(),
     "_lowering.forward_plan": {"_lowering.axis", "_lowering.tuning"},
     "_lowering.kernel_gradient_plan": {"_lowering.axis", "_lowering.tuning"},
+    "_lowering.planes_plan": {"_lowering.axis", "_lowering.tuning"},
     "_lowering.plan": {
         "_lowering.axis",
         "_lowering.forward_plan",
         "_lowering.kernel_gradient_plan",
+        "_lowering.planes_plan",
         "_lowering.tuning",
     },
     "_lowering.rule": {"_lowering.plan"},
@@ -57,6 +59,12 @@ ALLOWED = {
         "_lowering.windows",
         "_lowering.workarounds",
     },
+    "_lowering.planes": {
+        "_lowering.planes_plan",
+        "_lowering.sums",
+        "_lowering.windows",
+        "_lowering.workarounds",
+    },
     "_lowering.patches": {"_lowering.plan", "_lowering.windows"},
     "_lowering.product": {"_lowering.axis", "_lowering.plan", "_lowering.windows"},
     "_lowering.program": {
@@ -64,6 +72,7 @@ ALLOWED = {
         "_lowering.kernel_gradient",
         "_lowering.overlap",
         "_lowering.patches",
+        "_lowering.planes",
         "_lowering.plan",
         "_lowering.product",
         "_lowering.tuning",

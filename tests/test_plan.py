@@ -191,18 +191,18 @@ def test_tags_and_platforms(tag, on_cpu, elsewhere):
 def test_a_grid_of_devices_has_the_kernel_gradient_of_our_own_computed_here(tag, on_cpu):
     """XLA's is wrong there, on every platform. The others stay as they are without a mesh."""
     for make in forward, input_gradient:
-        alone, found = (planned(make(tag=tag, on_cpu=on_cpu, on_grid=grid)) for grid in (0, 1))
+        alone, found = (planned(make(tag=tag, on_cpu=on_cpu, partitioned=n)) for n in (0, 2))
         assert found == alone
-    found = planned(kernel_gradient(tag=tag, on_cpu=on_cpu, on_grid=True))
+    found = planned(kernel_gradient(tag=tag, on_cpu=on_cpu, partitioned=2))
     assert (found.kind == "kernel gradient") == (on_cpu or tag in ("ours", "taps", "xla"))
 
 
 @pytest.mark.parametrize("tag", ["ours", "xla"])
 def test_a_grid_of_devices_leaves_no_kernel_gradient_to_xla_because_of_its_size(tag):
-    """Images of one window each, and millions of results."""
-    sizes = dict(n=64, size=4, c=4096, k=4, stride=4, m=80)
-    assert planned(kernel_gradient(**sizes)).algorithm is None
-    assert planned(kernel_gradient(**sizes, tag=tag, on_grid=True)).algorithm
+    """Images of one window each, and millions of results. Forward, such a size is XLA's."""
+    sizes = dict(n=64, size=16, c=64, k=16, stride=16, m=1024)
+    assert planned(forward(**sizes)).algorithm is None
+    assert planned(kernel_gradient(**sizes, tag=tag, partitioned=2)).algorithm
 
 
 def test_features_on_both_sides_are_accepted_of_our_own_only():

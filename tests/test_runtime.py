@@ -416,6 +416,7 @@ GONE = """
 import json, sys, warnings
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import xla_metadata
+from jax._src.sharding_impls import ShardingContext
 from jax.interpreters import mlir
 
 def hide(cls, name):
@@ -437,10 +438,13 @@ def remove(name):
             value = getattr(module, name)
             delattr(module, name)
             return lambda: setattr(module, name, value)
-    context = mlir.LoweringRuleContext
-    if name not in context.__dataclass_fields__:
-        context = type(jax.make_jaxpr(jnp.sin)(1.0).eqns[0].ctx)
-        assert hasattr(context, name) or name in context.__slots__, name
+    equation = type(jax.make_jaxpr(jnp.sin)(1.0).eqns[0].ctx)
+    contexts = [mlir.LoweringRuleContext, mlir.ModuleContext, ShardingContext, equation]
+    (context,) = [
+        context for context in contexts
+        if name in {**context.__dict__, **getattr(context, "__annotations__", {})}
+        or name in getattr(context, "__slots__", ())
+    ]
     return hide(context, name)
 
 def run(method):

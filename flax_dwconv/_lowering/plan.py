@@ -20,10 +20,11 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-from flax_dwconv._lowering import forward_plan, kernel_gradient_plan
+from flax_dwconv._lowering import forward_plan, kernel_gradient_plan, planes_plan
 from flax_dwconv._lowering.axis import Axis
 from flax_dwconv._lowering.forward_plan import Taps
 from flax_dwconv._lowering.kernel_gradient_plan import KernelGradient
+from flax_dwconv._lowering.planes_plan import Planes, PlanesGradient
 from flax_dwconv._lowering.tuning import Tuning
 
 # What a convolution is tagged with:
@@ -31,7 +32,7 @@ from flax_dwconv._lowering.tuning import Tuning
 # "depthwise": traced inside `accelerate`, compiled here on CPU if it is depthwise.
 # "separable": traced inside `accelerate(pointwise=True)`; if it is pointwise, too.
 # "taps": made by `depthwise_conv`, compiled here on every platform.
-# "xla": made by `depthwise_conv` and left to XLA, but see `Convolution.on_grid`. Without a tag,
+# "xla": made by `depthwise_conv` and left to XLA, but see `Convolution.partitioned`. Without a tag,
 # derivatives traced inside `accelerate` would get its.
 Tag = Literal["ours", "depthwise", "separable", "taps", "xla"]
 Kind = Literal["forward", "input gradient", "kernel gradient", "product"]
@@ -84,16 +85,17 @@ class Convolution:
       batch_groups: groups of the batch of `lhs`.
       tag: what it was traced under.
       on_cpu: whether it is compiled for CPU.
-      on_grid: whether it is partitioned over a mesh of two axes or more. If the batch is sharded
-        over some of them and nothing over the others, XLA's partitioner makes the kernel gradient
-        of a grouped convolution too large, as many times as the others have devices: it adds up the
-        parts of all devices, also of those that hold the same images (seen in jax 0.10.2, 0.11.2
-        and 0.12.0.1, for CPU, CUDA and TPU; `findings/grouped-kernel-gradient-on-a-mesh.sh`).
-        Whether it will be so is not known before the program is partitioned. So there, the kernel
-        gradients of `depthwise_conv` are sums over taps on every platform and for every method. For
-        TPU, they read and write about 4 times the bytes: 662 MB where XLA's has 154, for 16 images
-        of 56x56x144 in float32 on 2x2 devices, as its compiler counts. One XLA convolution with a
-        gradient for each image has 238 MB, but gathers the images if channels are sharded too.
+      partitioned: over how many axes of a mesh XLA partitions it; 2 where that is not known, and
+        may be. If it is 2 or more, if the batch is sharded over some of them and nothing over the
+        others, XLA's partitioner makes the kernel gradient of a grouped convolution too large, as
+        many times as the others have devices: it adds up the parts of all devices, also of those
+        that hold the same images (seen in jax 0.10.2, 0.11.2 and 0.12.0.1, for CPU, CUDA and TPU;
+        `findings/grouped-kernel-gradient-on-a-mesh.sh`). Whether it will be so is not known before
+        the program is partitioned. So there, the kernel gradients of `depthwise_conv` are sums over
+        taps on every platform and for every method. For TPU, they read and write about 4 times the
+        bytes: 662 MB where XLA's has 154, for 16 images of 56x56x144 in float32 on 2x2 devices, as
+        its compiler counts. One XLA convolution with a gradient for each image has 238 MB, but
+        gathers the images if channels are sharded too.
     """
 
     lhs: Operand
@@ -107,7 +109,7 @@ class Convolution:
     batch_groups: int
     tag: Tag
     on_cpu: bool = True
-    on_grid: bool = False
+    partitioned: int = 0
 
     @property
     def operands(self) -> tuple[Operand, Operand, Operand]:
@@ -116,8 +118,8 @@ class Convolution:
 
     @property
     def wrong_in_xla(self) -> bool:
-        """Whether XLA may get it wrong, see `on_grid`."""
-        return self.on_grid and self.batch_groups > 1
+        """Whether XLA may get it wrong, see `partitioned`."""
+        return self.partitioned > 1 and self.batch_groups > 1
 
     @property
     def sharded(self) -> bool:
@@ -187,7 +189,7 @@ class Plan:
       accumulator: the name of the dtype that sums are computed in.
     """
 
-    algorithm: Taps | KernelGradient | Patches | Overlap | Product | None
+    algorithm: Taps | KernelGradient | Planes | PlanesGradient | Patches | Overlap | Product | None
     why: str
     kind: Kind | None = None
     groups: int = 1
@@ -243,7 +245,10 @@ def plan(convolution: Convolution, tuning: Tuning) -> Plan:
     if features == 1 < m:
         image, kernel, result = (math.prod(operand.shape) for operand in convolution.operands)
         filters = _filters(axes, m, image, kernel if gradient else result, tuning)
-    if special := _several_filters(convolution, axes, gradient, q, m, tuning):
+    special = _several_filters(convolution, axes, gradient, q, m, tuning)
+    if special is None or not isinstance(special.algorithm, Patches):
+        special = _in_planes(convolution, axes, gradient, (n, q, m, groups), tuning) or special
+    if special:
         return dataclasses.replace(special, groups=groups, accumulator=accumulator)
     if gradient:
         if filters == "copies" and groups > tuning.copied_channels:
@@ -429,6 +434,41 @@ def _in_patches(convolution: Convolution, axes: Sequence[Axis]) -> Kind | None:
         return "forward"
     if all((axis.out - 1) * axis.stride < axis.rhs_dilation for axis in axes):
         return "kernel gradient"
+    return None
+
+
+def _in_planes(
+    convolution: Convolution,
+    axes: Sequence[Axis],
+    gradient: bool,
+    sizes: tuple[int, int, int, int],
+    tuning: Tuning,
+) -> Plan | None:
+    """Returns the plan for a convolution whose channels come before space, read plane by plane.
+
+    None, if they do not, or if it is not one for planes. Then, as on other platforms and where XLA
+    may share out the channels among devices, the channels are put last.
+
+    Args:
+      convolution: what JAX is to lower.
+      axes: its geometry.
+      gradient: whether it is a kernel gradient.
+      sizes: n, q, m and the groups.
+      tuning: the constants.
+    """
+    lhs, rhs, out = (operand.spec for operand in convolution.operands)
+    n, q, m, groups = sizes
+    first, swapped = tuple(range(len(lhs))), (1, 0, *range(2, len(lhs)))
+    if not convolution.on_cpu or convolution.partitioned or convolution.sharded:
+        return None
+    if gradient and (lhs, rhs, n, m) == (swapped, swapped, 1, 1):
+        found = planes_plan.choose_gradient(axes, q, groups, tuning)
+        return found and Plan(*found, "kernel gradient")
+    forward = not gradient and convolution.batch_groups == 1 and min(q, m) == 1
+    if forward and (lhs, out) == (first, first):
+        found = planes_plan.choose(axes, groups, q, tuning)
+        dilated = q > 1 or any(axis.lhs_dilation > 1 for axis in axes)
+        return found and Plan(*found, "input gradient" if dilated else "forward")
     return None
 
 

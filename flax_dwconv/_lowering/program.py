@@ -13,6 +13,7 @@ from flax_dwconv._lowering import (
     kernel_gradient,
     overlap,
     patches,
+    planes,
     product,
     tuning,
     windows,
@@ -48,6 +49,8 @@ def cached(
     plan = plans.plan(convolution, constants)
     if plan.algorithm is None:
         return None
+    if isinstance(plan.algorithm, plans.Planes | plans.PlanesGradient):
+        return _in_planes(convolution, plan)
     lhs_spec, rhs_spec, out_spec = (operand.spec for operand in convolution.operands)
     grouped = 0 if convolution.batch_groups > 1 else 1  # the batch or the features of `lhs`
     depthwise = not isinstance(plan.algorithm, plans.Product | plans.Patches | plans.Overlap)
@@ -77,6 +80,29 @@ def cached(
         if tricks:
             y = workarounds.computed_once(y)
         return y.astype(convolution.out.dtype)
+
+    return jax.jit(compute)
+
+
+def _in_planes(convolution: plans.Convolution, plan: plans.Plan) -> Program:
+    """Returns the program of a convolution whose channels come before space."""
+    algorithm: Any = plan.algorithm
+    rhs_spec = convolution.rhs.spec
+    out_spec, shape = convolution.out.spec, convolution.out.shape
+
+    def compute(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        x, kernel = x.astype(plan.accumulator), kernel.astype(plan.accumulator)
+        if isinstance(algorithm, plans.PlanesGradient):
+            x, kernel = workarounds.materialized(x, kernel)
+            y = planes.kernel_gradient(x, kernel, algorithm)
+            y = jnp.expand_dims(y, 0)  # (1, *kernel, c)
+            order = [0, y.ndim - 1, *range(1, y.ndim - 1)]
+            y = lax.transpose(y, [order[out_spec.index(d)] for d in range(y.ndim)])
+        else:
+            kernel = _groups_last(kernel, rhs_spec, 0, plan.groups)
+            x, kernel = workarounds.materialized(x, kernel)
+            y = planes.convolve(x, kernel, algorithm)
+        return workarounds.computed_once(y.reshape(shape)).astype(convolution.out.dtype)
 
     return jax.jit(compute)
 

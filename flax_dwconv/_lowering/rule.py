@@ -131,13 +131,13 @@ def _read(ctx: Any, params: Mapping[str, Any], on_cpu: bool) -> tuple[plan.Convo
         batch_groups=params["batch_group_count"],
         tag=tag,
         on_cpu=on_cpu,
-        on_grid=on_grid(ctx.avals_in, _devices(ctx)),
+        partitioned=partitioned(ctx.avals_in, _devices(ctx)),
     )
     return convolution, params["precision"]
 
 
-def on_grid(types: Iterable[Any], devices: int) -> bool:
-    """Whether a program is, or may be, partitioned over a mesh of two axes or more.
+def partitioned(types: Iterable[Any], devices: int) -> int:
+    """Returns over how many axes of a mesh XLA partitions a program; 2 if it may be so many.
 
     Axes of one device do not count, nor do manual ones, those of `jax.shard_map`: there a program
     is for one device.
@@ -148,12 +148,15 @@ def on_grid(types: Iterable[Any], devices: int) -> bool:
       devices: how many it may be for.
     """
     meshes = [aval.sharding.mesh for aval in types if not aval.sharding.mesh.empty]
+    if not meshes:
+        return 2 if devices > 3 else int(devices > 1)
     kinds = [zip(mesh.axis_sizes, mesh.axis_types, strict=True) for mesh in meshes]
-    shared = [sum(size > 1 and kind != AxisType.Manual for size, kind in axes) for axes in kinds]
-    return max(shared) > 1 if shared else devices > 3
+    return max(sum(n > 1 and kind != AxisType.Manual for n, kind in axes) for axes in kinds)
 
 
 def _devices(ctx: Any) -> int:
+    """Returns for how many devices a program is, or 1 if that is not known."""
+    return getattr(ctx.module_context.axis_context, "num_devices", None) or 1
     return getattr(ctx.module_context.axis_context, "num_devices", None) or 1
 
 

@@ -59,7 +59,8 @@ class Tuning:
       xla_odd_products: the same if the filters are no multiple of `vector`, whatever the number of
         taps is. Broadcast taps then take 0.5 to 1.5 times as long in eight of ten cases.
       xla_few_taps: 2-D kernels of at most as many taps are left to XLA, too, if there are
-        `xla_filters` and these are no multiple of `vector`: broadcast taps then take 0.5 to 1.9 times as long.
+        `xla_filters` and these are no multiple of `vector`: broadcast taps then take 0.5 to 1.9
+        times as long.
       xla_filters: the fewest filters of a channel for that.
       copies_memory: a sum over taps may copy the image once for each filter of a channel. The
         copies, with their pads, may have this many times the elements of image and result together;
@@ -109,8 +110,8 @@ class Tuning:
         'ConvNeXtTiny-4'.
       exchanged_rows_elements: from as many elements on, image and kernel may exchange their roles
         in such rows. For 32 images of 7x7x768 and a 7x7 kernel, not exchanging them takes 1.25
-        times as long; for 8 and for one, 0.85 and 1.0 times. Exchanged, a pixel that is not a number
-        reaches outputs that do not see it. Layer: 'ConvNeXtTiny-4'.
+        times as long; for 8 and for one, 0.85 and 1.0 times. Exchanged, a pixel that is not a
+        number reaches outputs that do not see it. Layer: 'ConvNeXtTiny-4'.
       unrolled_taps: the most taps that are compiled one by one; a kernel with more is a loop.
         Compile time grows with the taps.
       loop_outputs: neighbouring outputs that a loop over a kernel computes together.
@@ -135,6 +136,17 @@ class Tuning:
       unrolled_bodies_large: the same for a large image, and in units of `row_products` the most
         products of passes that are compiled one by one there.
       unrolled_bodies_elements: the fewest elements of a large image in that sense.
+      plane_least: the fewest positions of a plane, what one channel of one image holds, of which
+        images with the channels first are read plane by plane. Forward, with batches, that takes
+        0.5 to 3 times as long as with the channels last, and with transpositions 1.5 to 8 times.
+      plane_most: the most positions of a plane; each mask is a constant as long as that.
+      plane_columns: the most outputs of a row with a stride for which the columns of the image are
+        dealt out first. With 14 and 7 outputs, that takes 0.6 and 0.4 of the time; with 28, 1.2 to
+        2.2 times as long.
+      plane_images: how many images a kernel gradient sums up at once. With 8, each product takes
+        0.04 ns on two cores, with 4 images 0.05.
+      plane_terms: the most products that are summed up for each tap at once, of several images or
+        pieces of one. From 16 on, LLVM does not vectorise: 1 ns a product.
       partial_sums: with several filters of a channel, passes are compiled one by one only if their
         partial sums, which are all in memory at once, are at most as many cotangents. A 6x6 kernel
         with strides of 2 and 31 filters on 5 images of 79x17x34 needed 4.9 times operands and
@@ -184,6 +196,11 @@ class Tuning:
     unrolled_bodies: int = 3
     unrolled_bodies_large: int = 5
     unrolled_bodies_elements: int = 1 << 19
+    plane_least: int = 16
+    plane_most: int = 1 << 16
+    plane_columns: int = 16
+    plane_images: int = 8
+    plane_terms: int = 12
     partial_sums: float = 1.0
     parallel_loops: bool = True
 
