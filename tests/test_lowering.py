@@ -38,6 +38,7 @@ CASES = {
         False,
         (13, 8),
     ),
+    "filters and nothing but pads": ((5, 2), 4, ((2, 3), (2, 2)), 1, 17, False, (12, 1)),
     "filters and one tap": ((1, 1), 2, "same", 1, 12, False, (9, 8)),
     "11x2": ((11, 2), 1, "same", 1, 1, False, (13, 6)),
     "2x5 dilated channels_first": ((2, 5), 1, "same", (2, 3), 2, True, (7, 13)),

@@ -97,7 +97,7 @@ def _regions(
 
     def build(chosen: dict[int, Run]) -> jax.Array:
         counts = [chosen[d].count if d in chosen else axis.out for d, axis in enumerate(axes)]
-        shape = (x.shape[0], *counts, x.shape[-1])
+        shape = (x.shape[0], *counts, *kernel.shape[len(axes) :])
         if len(chosen) == len(axes):
             taps = [chosen[d].taps for d in range(len(axes))]
             starts = itertools.product(*[at.values() for at in taps])

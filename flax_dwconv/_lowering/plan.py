@@ -264,12 +264,18 @@ def plan(convolution: Convolution, tuning: Tuning) -> Plan:
         summed = Axis(q, kernel=q, out=1, stride=1, low=0, lhs_dilation=1, rhs_dilation=1)
         axes = (summed, *axes)
     kernels, channels = (m, groups) if filters == "one by one" else (1, groups * m)
+    if filters == "copies" and tuning.unrolled_taps < math.prod(axis.kernel for axis in axes):
+        sizes = math.prod(axis.size for axis in axes)
+        if math.prod(axis.kernel for axis in axes) <= sizes and not dilated:
+            filters = "broadcast"  # a loop keeps copies of the result, too
     broadcast = filters == "broadcast"
     algorithm, why = forward_plan.choose(n, kernels, axes, channels, tuning, broadcast)
     kind: Kind = "input gradient" if dilated or q > 1 else "forward"
     taps = math.prod(axis.kernel for axis in axes)
-    whole = broadcast and m > tuning.vector // 2 and taps >= tuning.vector_taps
-    padded = -m % tuning.vector if whole else 0
+    padded = -m % tuning.vector if broadcast and m > tuning.vector // 2 else 0
+    # If the taps are a loop, it keeps copies of the result already.
+    if taps < tuning.vector_taps or (taps > tuning.unrolled_taps and 10 * padded > m):
+        padded = 0
     return Plan(algorithm, why, kind, groups, filters, padded, accumulator)
 
 
