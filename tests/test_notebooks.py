@@ -16,7 +16,7 @@ from nbclient import NotebookClient
 REPOSITORY = pathlib.Path(__file__).parents[1]
 PATHS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 LINES = 5  # of a function's body
-NETWORK_LINES = 12  # of the body of an `nn.Module`, with its methods
+NETWORK_LINES = 12  # of the body of a module of linen or nnx, with its methods
 KILOBYTES = 400
 ABSOLUTE = re.compile(r"(?<![\w.:/])/\w[\w.-]*/[\w./-]+|\b[A-Z]:\\")  # /tmp/x.py, C:\
 
@@ -70,7 +70,7 @@ def definitions(tree):
     """
     for node in ast.iter_child_nodes(tree):
         bases = [ast.unparse(base) for base in getattr(node, "bases", ())]
-        if "nn.Module" in bases:
+        if {"nn.Module", "nnx.Module"} & set(bases):
             yield node, NETWORK_LINES
             continue
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -78,8 +78,9 @@ def definitions(tree):
         yield from definitions(node)
 
 
-def test_there_are_six_notebooks():
+def test_there_are_seven_notebooks():
     names = ["tour", "jit_and_vmap", "train", "bring_your_model", "speed_and_scale", "sequences"]
+    names += ["port_a_network"]
     assert [path.stem for path in PATHS] == [f"{i:02d}_{name}" for i, name in enumerate(names, 1)]
 
 
@@ -141,6 +142,7 @@ def test_definitions_are_short(path):
         ("def f():\n  def g():\n    pass", [LINES, LINES]),
         ("class A:\n  def g():\n    pass", [LINES, LINES]),
         ("class A(nn.Module):\n  def __call__(self):\n    pass", [NETWORK_LINES]),
+        ("class A(nnx.Module):\n  def __call__(self):\n    pass", [NETWORK_LINES]),
         ("if True:\n  def f():\n    pass", [LINES]),
     ],
 )
