@@ -44,7 +44,12 @@ def sow(layer: Any, y: jax.Array, parameters: Mapping[str, jax.Array]) -> None:
         return
 
     first = _first(outer, scope.path)
-    if outer is not scope.root:
+    if first and layer.has_variable("losses", layer._penalty_names[0]):
+        # Or else a trace that `nn.jit` remembers called the layer, which runs nothing of this file.
+        first = _was_given(outer, scope.path)
+    if _count(scope, "while_loop"):  # what is mutable there is carried
+        first = False
+    elif outer is not scope.root:
         scanned = _count(scope, "scan") > 0
         given = [_value(outer, "losses", scope.path, name) for name in layer._penalty_names]
         axes = max((jnp.ndim(value) for value in given if value is not None), default=None)
@@ -98,6 +103,22 @@ def _first(scope: Any, path: tuple[Any, ...]) -> bool:
     return new
 
 
+def _was_given(root: Any, path: tuple[Any, ...]) -> bool:
+    """Returns whether `apply` got penalties of a layer, or True where that cannot be told.
+
+    A scope does not keep what it started from. The function of Flax that made it still has it.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "wrapper" and frame.f_locals.get("root") is root:
+            values = frame.f_locals.get("variables", {}).get("losses", {})
+            for key in path:
+                values = values.get(key, {})
+            return bool(values)
+        frame = frame.f_back
+    return True  # by `bind`
+
+
 def _value(scope: Any, collection: str, path: tuple[Any, ...], name: str) -> Any:
     """Returns a variable of a root scope, or None."""
     values: Any = scope.variables().get(collection, {})
@@ -137,11 +158,14 @@ def _is_stacked(layer: Any, outer: Any) -> bool:
 
 
 def _lost(layer: Any, outer: Any) -> str:
-    advice = (
-        _advice(layer)
-        if _shares_weights(layer, outer)
-        else 'Tell it of the collection too, for instance by `variable_axes={"losses": 0}`.'
-    )
+    if _shares_weights(layer, outer):
+        advice = _advice(layer)
+    elif _count(layer.scope, "map_variables"):
+        advice = 'Write `mapped_collections="params"`, or penalize the weights outside.'
+    elif _count(layer.scope, "while_loop"):
+        advice = f'Write `carry_variables="losses"`, {_zeros(layer)}'
+    else:
+        advice = 'Tell it of the collection too, for instance by `variable_axes={"losses": 0}`.'
     return f"{_who(layer)} would be lost. {advice}"
 
 
@@ -164,9 +188,11 @@ def _advice(layer: Any) -> str:
         return "Let the layer see the whole batch, or penalize the weights outside."
     if "activity" not in layer._penalized:
         return 'Write `variable_broadcast=["params", "losses"]`.'
+    return f'Write `variable_carry="losses"`, {_zeros(layer)}'
+
+
+def _zeros(layer: Any) -> str:
     zeros: Any = dict.fromkeys(layer._penalty_names, 0.0)
     for key in reversed(layer.scope.path):
         zeros = {key: zeros}
-    return (
-        f'Write `variable_carry="losses"`, and give `apply` zeros to start from: "losses": {zeros}.'
-    )
+    return f'and give `apply` zeros to start from: "losses": {zeros}.'

@@ -309,3 +309,82 @@ def test_an_apply_within_a_module_is_its_own():
             return y + DepthwiseConv2D(3, name="student", **ALL)(x)
 
     assert set(losses(Distilled())) == {"student"}
+
+
+class Jitted(nn.Module):
+    """A layer that is called by way of `nn.jit`, and then directly."""
+
+    def setup(self):
+        self.conv = DepthwiseConv2D(3, **ALL)
+
+    @nn.jit
+    def encode(self, x):
+        return self.conv(x)
+
+    def __call__(self, x):
+        return self.conv(self.encode(x))
+
+
+def test_a_trace_that_nn_jit_remembers_counts_as_a_call():
+    variables = Jitted().init(KEY, X)
+    layer = DepthwiseConv2D(3, **ALL)
+    bound = layer.bind({"params": variables["params"]["conv"]}, mutable=["losses"])
+    bound(bound(X))
+    expected = total_loss(bound.variables)
+    for _ in range(3):
+        _, state = Jitted().apply(variables, X, mutable=["losses"])
+        np.testing.assert_allclose(total_loss(state), expected, rtol=1e-6)
+
+
+class While(nn.Module):
+    """A loop whose length the program decides."""
+
+    carry: str | bool
+    calls: int = 1
+
+    @nn.compact
+    def __call__(self, x):
+        conv = DepthwiseConv2D(3, name="conv", **ALL)
+        if self.is_initializing():
+            return conv(x)
+
+        def body(conv, state):
+            i, x = state
+            for _ in range(self.calls):
+                x = jnp.tanh(conv(x))
+            return i + 1, x
+
+        carry = dict(carry_variables=self.carry)
+        return nn.while_loop(lambda _, state: state[0] < STEPS, body, conv, (0, x), **carry)[1]
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_a_while_loop_adds_activities_and_counts_weights_once(calls):
+    zeros = {"conv": dict.fromkeys(["activity_penalty", "kernel_penalty", "bias_penalty"], 0.0)}
+    given = jax.tree.map(jnp.float32, {"losses": zeros})
+    variables = While("losses", calls).init(KEY, X)
+    _, state = While("losses", calls).apply(variables | given, X, mutable=["losses"])
+    _, loop = Step(ALL, calls=STEPS * calls).apply(variables, X, None, mutable=["losses"])
+    for name, value in loop["losses"]["conv"].items():
+        np.testing.assert_allclose(state["losses"]["conv"][name], value, rtol=1e-5)
+    with pytest.raises(ValueError) as error:
+        losses(While(False, calls))
+    assert str(error.value) == (
+        "In `nn.while_loop`, the penalties of `DepthwiseConv2D` 'conv' would be lost. "
+        'Write `carry_variables="losses"`, and give `apply` zeros to start from: '
+        f'"losses": {zeros}.'
+    )
+
+
+def test_mapped_variables_lose_penalties_in_words():
+    """`nn.WeightNorm` maps all collections, and returns none of them."""
+
+    class Normalized(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.WeightNorm(DepthwiseConv2D(3, name="conv", **WEIGHTS))(x)
+
+    model = Normalized()
+    model.apply(model.init(KEY, X), X)
+    with pytest.raises(ValueError, match='would be lost. Write `mapped_collections="params"`'):
+        losses(model)
