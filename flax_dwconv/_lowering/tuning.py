@@ -143,10 +143,10 @@ class Tuning:
       plane_columns: the most outputs of a row with a stride for which the columns of the image are
         dealt out first. With 14 and 7 outputs, that takes 0.6 and 0.4 of the time; with 28, 1.2 to
         2.2 times as long.
-      plane_images: how many images a kernel gradient sums up at once. With 8, each product takes
-        0.04 ns on two cores, with 4 images 0.05.
+      plane_images: how many images a kernel gradient sums up at once. With 8, each of nine
+        products takes 0.044 to 0.049 ns on two cores, with 4 images 0.062.
       plane_terms: the most products that are summed up for each tap at once, of several images or
-        pieces of one. From 16 on, LLVM does not vectorise: 1 ns a product.
+        pieces of one. From 16 on, LLVM does not vectorise: 0.2 to 1 ns a product.
       partial_sums: with several filters of a channel, passes are compiled one by one only if their
         partial sums, which are all in memory at once, are at most as many cotangents. A 6x6 kernel
         with strides of 2 and 31 filters on 5 images of 79x17x34 needed 4.9 times operands and
