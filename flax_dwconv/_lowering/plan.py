@@ -364,7 +364,7 @@ def _overlap(
       m: further filters, which only `vmap` makes.
       tuning: the constants.
     """
-    if not convolution.on_cpu or convolution.sharded or m > 1:
+    if not convolution.on_cpu or convolution.partitioned or convolution.sharded or m > 1:
         return None
     if any(axis.stride > 1 for axis in axes):
         return None
