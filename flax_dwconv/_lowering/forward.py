@@ -174,7 +174,7 @@ def _rows(
                 shape = [outer[d].out if e == d + 1 else n for e, n in enumerate(y.shape)]
                 y = lax.broadcast_in_dim(y, shape, range(y.ndim))
                 o = lax.broadcasted_iota("int32", shape, d + 1)
-                mask = lax.bitwise_and(lax.ge(o, first), lax.lt(o, first + run.count))
+                mask = (o >= first) & (o < first + run.count)
                 y = lax.select(mask, y, lax.full_like(y, 0))
         return y
 
@@ -288,8 +288,9 @@ class _Tiles:
                     return None
                 if len(outputs) == count:
                     continue
-            at = start + step * lax.iota("int32", count)
-            mask = lax.bitwise_and(lax.ge(at, 0), lax.lt(at, axis.size))
+            # With x64 on, what counts a loop has 64 bits.
+            at = start + step * lax.iota(getattr(start, "dtype", "int32"), count)
+            mask = (at >= 0) & (at < axis.size)
             masks.append(lax.broadcast_in_dim(mask, self.shape, (d + 1,)))
         if not masks:
             return weight
