@@ -40,10 +40,10 @@ class _Part:
         """How many channels there are."""
         return sum(map(len, self.channels))
 
-    def select(self, y: jax.Array) -> jax.Array:
-        """Returns these channels of an array whose last dimension they are."""
-        parts = [lax.slice_in_dim(y, of.start, of.stop, axis=y.ndim - 1) for of in self.channels]
-        return parts[0] if len(parts) == 1 else lax.concatenate(parts, y.ndim - 1)
+    def select(self, y: jax.Array, axis: int) -> jax.Array:
+        """Returns these channels of an array that has all channels along `axis`."""
+        parts = [lax.slice_in_dim(y, of.start, of.stop, axis=axis) for of in self.channels]
+        return parts[0] if len(parts) == 1 else lax.concatenate(parts, axis)
 
 
 def _parts(x: jax.Array, reader: plan.Reader) -> list[_Part]:
@@ -194,7 +194,7 @@ def _phase(
 ) -> jax.Array:
     """Returns one phase of some channels: `(n, channels, m, *_lanes)`."""
     m, q = kernel.shape[:2]
-    weights = part.select(kernel)
+    weights = part.select(kernel, kernel.ndim - 1)
     lanes = _lanes(reader)
     shape = (part.images[0].shape[0], part.count, m, *lanes)
     dims = range(3, len(shape))
@@ -271,8 +271,7 @@ def _block(
 
     read = [cut(_window(part, tap, 0, reader)) for tap in taps]
     g = g.reshape(*g.shape[:2], *lanes)
-    by_channel = [lax.slice_in_dim(g, of.start, of.stop, axis=1) for of in part.channels]
-    cotangent = cut(by_channel[0] if len(by_channel) == 1 else lax.concatenate(by_channel, 1))
+    cotangent = cut(part.select(g, 1))
     outputs: list[sums.Terms] = [{} for _ in taps]
     inside = [[_inside(tap, d, reader) for d, tap in enumerate(each)] for each in taps]
     dims = range(2, 2 + len(short))

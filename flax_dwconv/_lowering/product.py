@@ -46,11 +46,7 @@ def multiply(x: jax.Array, kernel: jax.Array, product: plan.Product, precision: 
     summed = [name for name in a if name in b and name != "c"]
     contracting = [a.index(name) for name in summed], [b.index(name) for name in summed]
     batch = [a.index("c")], [b.index("c")]
-    # XLA:CPU of jax 0.12.0.1 adds up partial sums of bfloat16 products in bfloat16.
-    wide = jnp.float32 if x.dtype.itemsize < 4 else x.dtype
-    y = lax.dot_general(
-        x, kernel, (contracting, batch), precision=precision, preferred_element_type=wide
-    ).astype(x.dtype)
+    y = lax.dot_general(x, kernel, (contracting, batch), precision=precision)
     order = ["c", *[name for name in a + b if name not in (*summed, "c")]]
     y = lax.transpose(y, [order.index(name) for name in of_y])
     y = lax.expand_dims(y, single[2])
