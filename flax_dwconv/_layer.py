@@ -19,6 +19,7 @@ from jax.typing import ArrayLike
 from flax_dwconv import (
     _arguments,
     _config,
+    _dtypes,
     _geometry,
     _lowering,
     _mesh,
@@ -486,7 +487,7 @@ class Separable(Settings):
                 matrix,
                 (((axis,), (0,)), ((), ())),
                 precision=precision,
-                preferred_element_type=functional.accumulator(y.dtype),
+                preferred_element_type=_dtypes.accumulator(y.dtype),
             )
             return jnp.moveaxis(z.astype(y.dtype), -1, axis)
 
@@ -509,7 +510,7 @@ def _plus_bias(y: jax.Array, bias: jax.Array, axis: int) -> jax.Array:
     """
     shape = [1] * y.ndim
     shape[axis] = bias.size
-    wide = functional.accumulator(y.dtype)
+    wide = _dtypes.accumulator(y.dtype)
     return (y.astype(wide) + bias.reshape(shape).astype(wide)).astype(y.dtype)
 
 

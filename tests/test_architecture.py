@@ -80,8 +80,9 @@ ALLOWED = {
         "_lowering.workarounds",
     },
     "_lowering": {"_lowering.plan", "_lowering.program", "_lowering.rule"},
+    "_dtypes": set(),
     "_mesh": set(),
-    "functional": {"_geometry", "_lowering", "_mesh"},
+    "functional": {"_dtypes", "_geometry", "_lowering", "_mesh"},
     "_vocabulary": set(),
     "_random": {"_vocabulary"},
     "initializers": {"_random", "_vocabulary"},
@@ -93,6 +94,7 @@ ALLOWED = {
     "_layer": {
         "_arguments",
         "_config",
+        "_dtypes",
         "_geometry",
         "_lowering",
         "_mesh",

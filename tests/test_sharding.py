@@ -50,6 +50,10 @@ def processes(number, devices):
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XLA_FLAGS", flags)
+        # XLA reads here how many threads it starts; the default is one for each device or core. An
+        # exchange between devices holds a thread until all have come to it. A device that waits in
+        # two exchanges at once takes the thread that another needs, and all wait for ever.
+        patch.setenv("NPROC", str(4 * devices))
         spawn = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(number, spawn, strict)
         # The processes start here, with the flags of now.
