@@ -2,12 +2,21 @@
 
 In it: outputs of a run from top to bottom, an `assert` for every piece of prose, no definition that
 a reader has to study but for a network that is the subject, nothing that tells where it was run.
+
+To run all of them again, or those that are named, and store what they show, in a checkout with the
+extra `test` installed:
+
+    python tests/test_notebooks.py [01_tour ...]
+
+Commit other changes first: the benchmark in 05 prints the commit that it ran on.
 """
 
 import ast
 import os
 import pathlib
 import re
+import sys
+import tempfile
 
 import nbformat
 import pytest
@@ -84,18 +93,32 @@ def test_there_are_seven_notebooks():
     assert [path.stem for path in PATHS] == [f"{i:02d}_{name}" for i, name in enumerate(names, 1)]
 
 
+def execute(path, folder, **environment):
+    """Returns the notebook as a run from top to bottom leaves it, and nothing of the machine."""
+    notebook = read(path)
+    search = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+    environment |= {
+        "PYTHONPATH": os.pathsep.join(filter(None, search)),
+        "IPYTHONDIR": str(folder / "ipython"),  # no history in the user's
+    }
+    client = NotebookClient(
+        notebook,
+        timeout=180,
+        kernel_name="python3",
+        record_timing=False,
+        resources={"metadata": {"path": str(folder)}},
+    )
+    client.execute(env=os.environ | environment)
+    notebook.metadata.language_info = {"name": "python"}
+    return notebook
+
+
 @pytest.mark.slow  # as slow as a sixth of the suite: .ci/run does it
 @notebooks
-def test_runs(path, tmp_path, monkeypatch):
+def test_runs(path, tmp_path):
     flags = os.environ.get("XLA_FLAGS", "").replace("--xla_backend_optimization_level=0", "")
-    monkeypatch.setenv("XLA_FLAGS", flags.strip())  # as users have it, and timed in it
-    search = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, search)))
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))  # no history in the user's
-    committed, notebook = read(path), read(path)
-    resources = {"metadata": {"path": str(tmp_path)}}
-    NotebookClient(notebook, timeout=180, kernel_name="python3", resources=resources).execute()
-    assert kinds(notebook) == kinds(committed), "run it again, and commit what it shows"
+    notebook = execute(path, tmp_path, XLA_FLAGS=flags.strip())  # as users have it
+    assert kinds(notebook) == kinds(read(path)), "run it again, and commit what it shows"
 
 
 @notebooks
@@ -162,3 +185,14 @@ def test_definitions_are_found(source, limits):
 )
 def test_absolute_paths_are_found(text, found):
     assert bool(ABSOLUTE.search(text)) == found
+
+
+if __name__ == "__main__":
+    executed = {}
+    for path in PATHS:
+        if path.stem in sys.argv[1:] or not sys.argv[1:]:
+            print(path.stem, flush=True)
+            with tempfile.TemporaryDirectory() as folder:
+                executed[path] = execute(path, pathlib.Path(folder))
+    for path, notebook in executed.items():  # all or none: until here, the checkout is as it was
+        nbformat.write(notebook, path)
