@@ -106,6 +106,7 @@ def execute(path, folder, **environment):
         timeout=180,
         kernel_name="python3",
         record_timing=False,
+        coalesce_streams=True,
         resources={"metadata": {"path": str(folder)}},
     )
     client.execute(env=os.environ | environment)
