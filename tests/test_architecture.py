@@ -5,6 +5,7 @@ import dataclasses
 import importlib.metadata
 import inspect
 import pathlib
+import re
 import sys
 
 import flax
@@ -307,10 +308,10 @@ def test_public_names_are_pinned():
 def test_the_api_reference_is_that_of_the_docstrings():
     page = (PACKAGE.parent / ".github" / "API.md").read_text(encoding="utf-8")
     assert page == reference.render(), "python tests/reference.py > .github/API.md"
-    for module in reference.SECTIONS.values():
-        for name in reference.public(module):
-            assert f"| `{module.__name__}.{name}` | " in page
+    names = [name for module in reference.SECTIONS.values() for name in reference.dotted(module)]
+    assert re.findall(r"^### `(.+)`$", page, re.MULTILINE) == names
     assert set(reference.public(flax_dwconv)) == CALLABLES
+    assert set(re.findall(r"\]\(#(.+?)\)", page)) <= set(reference.headings().values())
 
 
 def test_vocabularies_have_the_same_two_functions():
