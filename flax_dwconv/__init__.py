@@ -1,18 +1,36 @@
 """Depthwise convolutions for JAX and Flax: Keras's layers, fast on CPU under every transformation.
 
-- The convolution as a function: `depthwise_conv`, `depthwise_conv1d`, `depthwise_conv2d`,
+To begin with, one layer of `flax.linen` and one of `flax.nnx`:
+
+    >>> import jax, jax.numpy as jnp
+    >>> from flax import nnx
+    >>> import flax_dwconv
+    >>> x = jnp.ones((8, 32, 32, 16))  # images, height, width, channels
+    >>> layer = flax_dwconv.DepthwiseConv2D(3, padding="same", activation="relu")
+    >>> y, variables = layer.init_with_output(jax.random.key(0), x)
+    >>> layer = flax_dwconv.nnx.DepthwiseConv2D(16, 3, padding="same", rngs=nnx.Rngs(0))
+    >>> layer(x).shape
+    (8, 32, 32, 16)
+
+What there is, by task; `help(flax_dwconv.accelerate)`, for instance, explains one name:
+
+- A layer in a model: `DepthwiseConv1D`, `DepthwiseConv2D`, `DepthwiseConv3D`, `SeparableConv1D`,
+  `SeparableConv2D`, for `flax.linen` here and for `flax.nnx` in `flax_dwconv.nnx`.
+- A convolution without a layer: `depthwise_conv`, `depthwise_conv1d`, `depthwise_conv2d`,
   `depthwise_conv3d`; of causal sequences, piece by piece: `causal_conv1d`.
-- The layers, for `flax.linen` here and for `flax.nnx` in `flax_dwconv.nnx`: `DepthwiseConv1D`,
-  `DepthwiseConv2D`, `DepthwiseConv3D`, `SeparableConv1D`, `SeparableConv2D`.
-- Models that know nothing of this package, made fast on CPU: `accelerate`.
+- A model that does not use this package, made fast on CPU as it is: `accelerate`.
 - Training: `total_loss` sums the penalties of regularizers; `constrain` and `collect_constraints`
   apply weight constraints in an optax chain; `depthwise_kernels` makes masks for weight decay.
-- What Keras's words mean: `initializers`, `activations`, `regularizers`, `constraints`, each with
-  `get` and `serialize`.
+- What a layer's arguments accept, by Keras's names or as objects: `initializers`, `activations`,
+  `regularizers`, `constraints`.
 - Trained weights: `keras_io` reads and writes Keras's layers, configs and files; `weights`
-  converts those of PyTorch, Flax, Haiku and Equinox; `fold_batch_norm` makes layer and batch
-  normalization one layer.
-- Programs: `python -m flax_dwconv` is a demo, `python -m flax_dwconv.benchmark` the benchmark.
+  converts those of PyTorch, Flax, Haiku and Equinox; `fold_batch_norm` makes one layer of a layer
+  and the batch normalization after it.
+- Programs: `python -m flax_dwconv` is a demo, `python -m flax_dwconv.benchmark` the benchmark;
+  both take `--help`.
+
+README.md, beside this package in its source tree, is the introduction, with what is slower and what
+the package does not do. `.github/API.md` there has the docstrings of all public names on one page.
 """
 
 from flax_dwconv import activations as activations

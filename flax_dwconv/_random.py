@@ -1,4 +1,8 @@
-"""What Keras's random initializers share: seeds, the keys that they make, the fans of a shape."""
+"""What Keras's random initializers share: seeds, the keys that they make, the fans of a shape.
+
+With a seed and without, an initializer is one code path. It is written in this package because the
+functions of `jax.nn.initializers` multiply in another order and round otherwise than Keras.
+"""
 
 import math
 from collections.abc import Mapping, Sequence

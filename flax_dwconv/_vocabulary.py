@@ -332,6 +332,20 @@ def integers(name: str, value: Any) -> int | tuple[int, ...]:
     return items if many else items[0]
 
 
+def real_array(name: str, value: Any) -> np.ndarray:
+    """Checks an array of real numbers, and returns a copy that nobody can write to."""
+    message = f"`{name}` must be an array of real numbers, got {show(value)}"
+    if isinstance(value, jax.core.Tracer):
+        raise TypeError(f"{message}, which is traced.")
+    if not isinstance(value, np.ndarray | jax.Array):
+        raise TypeError(f"{message}.")
+    if not any(jnp.issubdtype(value.dtype, kind) for kind in (np.integer, np.floating)):
+        raise TypeError(f"{message} of dtype {value.dtype}.")
+    copy = np.array(value)
+    copy.flags.writeable = False
+    return copy
+
+
 def choice(name: str, value: Any, allowed: Collection[str]) -> str:
     """Checks a word against the allowed ones."""
     message = f"`{name}` must be {_join(allowed, 'or')}, got {show(value)}."

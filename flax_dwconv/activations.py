@@ -1,9 +1,15 @@
-"""What a Keras activation identifier means: a function of an array, usually elementwise.
+"""Keras's activations, by name, config or object: functions of an array, usually elementwise.
 
-Most are functions of `jax.nn`. Here are those that `jax.nn` lacks or means otherwise, rectifiers
-with a cheaper derivative, and Keras's activation layers that have arguments, as callable objects.
-Where Keras 2 and 3 differ, Keras 2's meaning is taken (`hard_sigmoid`). softmax, log_softmax,
-sparsemax and glu act along the last axis.
+The layers take all of them, and any callable, as `activation`. The names are those of the functions
+and classes here and of functions of `jax.nn`: celu, elu, glu, hard_silu or hard_swish, hard_tanh,
+log_sigmoid, log_softmax, mish, selu, sigmoid, silu or swish, softmax, softplus, sparse_sigmoid,
+tanh. Here is what `jax.nn` lacks or means otherwise, rectifiers with a cheaper derivative, and
+Keras's activation layers that have arguments. Where Keras 2 and 3 differ, Keras 2 is followed
+(`hard_sigmoid`). softmax, log_softmax, sparsemax and glu act along the last axis.
+
+Example:
+    >>> import flax_dwconv
+    >>> layer = flax_dwconv.DepthwiseConv2D(3, activation="silu")  # or activations.LeakyReLU(0.1)
 """
 
 import dataclasses

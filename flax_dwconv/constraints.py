@@ -1,4 +1,8 @@
-"""What a Keras constraint identifier means: a projection of a weight, applied after each update.
+"""Keras's constraints, by name, config or object: projections of a weight after each update.
+
+The layers take all of them as `depthwise_constraint`, `pointwise_constraint` and `bias_constraint`,
+and store them; an optimizer applies them with `flax_dwconv.constrain`. `get` shows what a name or a
+config stands for.
 
 Every projection is computed in float32 at least and returned in the weight's dtype. Norms are
 |w| = sqrt(sum(w**2)) over `axis`; epsilon is 1e-7, and shortens even an allowed vector of norm 1 by
@@ -6,6 +10,15 @@ that share.
 
 On a depthwise kernel (kh, kw, c, m) Keras's default `axis=0` is the norm along the height alone;
 the norm of each filter is `axis=(0, 1)`.
+
+Example:
+    >>> import jax, jax.numpy as jnp, optax
+    >>> import flax_dwconv
+    >>> from flax_dwconv import constraints
+    >>> of_filters = constraints.MaxNorm(1.0, axis=(0, 1))
+    >>> layer = flax_dwconv.DepthwiseConv2D(3, depthwise_constraint=of_filters)
+    >>> found = flax_dwconv.collect_constraints(layer, jnp.ones((1, 8, 8, 4)))
+    >>> tx = optax.chain(optax.sgd(0.1), flax_dwconv.constrain(found))  # the last of the chain
 """
 
 import dataclasses

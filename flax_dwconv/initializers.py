@@ -1,11 +1,19 @@
-"""What a Keras initializer identifier means: `f(key, shape, dtype)`, as in `jax.nn.initializers`.
+"""Keras's initializers, by name, config or object: functions `f(key, shape, dtype)`.
+
+That is how those of `jax.nn.initializers` are called too. The layers take all of them as
+`depthwise_initializer`, `pointwise_initializer` and `bias_initializer`. `get` shows what a name or
+a config stands for; a name is a class's, "HeNormal", or the same in small letters, "he_normal".
 
 The fans of a kernel (kh, kw, c, m) are Keras's, fan_in = kh * kw * c and fan_out = kh * kw * m,
 though a depthwise output sees kh * kw inputs only; a vector's length is both its fans.
 
 An initializer with a `seed` ignores the key and gives, in float32, the bits that Keras gives on its
-JAX backend for the same seed; without a seed it draws from the key. It is one code path, written
-here because the functions of `jax.nn.initializers` multiply in another order and round otherwise.
+JAX backend for the same seed; without a seed it draws from the key.
+
+Example:
+    >>> import flax_dwconv
+    >>> layer = flax_dwconv.DepthwiseConv2D(3, depthwise_initializer="he_normal")
+    >>> layer = flax_dwconv.DepthwiseConv2D(3, depthwise_initializer=HeNormal(seed=1))
 """
 
 import dataclasses
@@ -26,7 +34,7 @@ from flax_dwconv._vocabulary import (
     assign,
     choice,
     number,
-    show,
+    real_array,
     spellings,
 )
 
@@ -474,17 +482,7 @@ class Array:
     """
 
     def __init__(self, values: jax.Array | np.ndarray, argument: str = "initializer") -> None:
-        message = f"`{argument}` must be an array of real numbers, got {show(values)}"
-        if isinstance(values, jax.core.Tracer):
-            raise TypeError(f"{message}, which is traced.")
-        if not isinstance(values, np.ndarray | jax.Array):
-            raise TypeError(f"{message}.")
-        real = (np.integer, np.floating)
-        if not any(jnp.issubdtype(values.dtype, kind) for kind in real):
-            raise TypeError(f"{message} of dtype {values.dtype}.")
-        self._argument = argument
-        self._values = np.array(values)
-        self._values.flags.writeable = False
+        self._argument, self._values = argument, real_array(argument, values)
 
     def __call__(self, key: Key, shape: Shape, dtype: DTypeLike = jnp.float32) -> jax.Array:
         if tuple(shape) != self._values.shape:

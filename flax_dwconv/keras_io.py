@@ -1,7 +1,17 @@
-"""Keras's configs, layers and files, in and out. A file is read without Keras, and never run.
+"""Keras's layers, configs and files, in and out.
 
-`_keras_files` reads the containers that Keras writes, `_keras_names` the config of a model, and
-`_keras_weights` brings the two together. Here the layers of this package are made of them.
+- A file: `load` returns its depthwise and separable layers with their weights, `weights` the arrays
+  of every layer. Files are read without Keras, and nothing in them is run. HDF5 needs the extra
+  `h5`.
+- A config: `from_config` makes a layer of it, `to_config` makes it of a layer.
+- A live layer: `from_keras` reads one, `to_keras` makes one (extra `keras`).
+
+Example:
+  >>> from flax_dwconv import keras_io
+  >>> settings = {"kernel_size": [5, 5], "strides": [2, 2]}
+  >>> layer = keras_io.from_config({"class_name": "DepthwiseConv2D", "config": settings})
+  >>> layer.kernel_size, layer.strides, keras_io.to_config(layer)["class_name"]
+  ((5, 5), (2, 2), 'DepthwiseConv2D')
 """
 
 import contextlib
@@ -19,6 +29,9 @@ from flax.core import meta
 
 from flax_dwconv import _config, _keras_files, _keras_names, _keras_weights, _layer, linen
 from flax_dwconv._vocabulary import is_of_keras
+
+# `_keras_files` reads the containers that Keras writes, `_keras_names` the config of a model, and
+# `_keras_weights` brings the two together. Here the layers of this package are made of them.
 
 Layer = (
     linen.DepthwiseConv1D | linen.DepthwiseConv2D | linen.SeparableConv1D | linen.SeparableConv2D

@@ -1,4 +1,4 @@
-"""The layers for `flax.linen`."""
+"""The layers for `flax.linen`, which `flax_dwconv` exports."""
 
 import functools
 from collections.abc import Callable, Mapping

@@ -1,4 +1,21 @@
-"""The layers for `flax.nnx`."""
+"""The layers for `flax.nnx`: twins of those for `flax.linen`, with the same arguments and numbers.
+
+They are `DepthwiseConv1D`, `DepthwiseConv2D`, `DepthwiseConv3D`, `SeparableConv1D` and
+`SeparableConv2D`. Before `kernel_size` they take `in_features`, the number of input channels, and
+everything after it by name; `rngs` initializes the parameters. `Loss` is the type of the variables
+that keep the penalties of regularizers.
+
+Example:
+  >>> import jax.numpy as jnp
+  >>> from flax import nnx
+  >>> import flax_dwconv
+  >>> layer = flax_dwconv.nnx.DepthwiseConv2D(
+  ...     16, 3, padding="same", activation="relu", depthwise_regularizer="l2", rngs=nnx.Rngs(0))
+  >>> layer(jnp.ones((8, 32, 32, 16))).shape, layer.kernel.shape
+  ((8, 32, 32, 16), (3, 3, 16, 1))
+  >>> flax_dwconv.total_loss(layer).dtype
+  dtype('float32')
+"""
 
 import inspect
 from collections.abc import Mapping

@@ -1,7 +1,18 @@
-"""What a Keras regularizer identifier means: a penalty on a tensor, a scalar.
+"""Keras's regularizers, by name, config or object: penalties on a tensor, scalars.
+
+The layers take all of them as `depthwise_regularizer`, `pointwise_regularizer`, `bias_regularizer`
+and `activity_regularizer`; `flax_dwconv.total_loss` sums the penalties of a model. `get` shows what
+a name or a config stands for.
 
 Every penalty is computed in float32 at least, so that a float16 or bfloat16 tensor neither
 overflows nor loses its small terms.
+
+Example:
+    >>> import flax_dwconv
+    >>> from flax_dwconv import regularizers
+    >>> layer = flax_dwconv.DepthwiseConv2D(3, depthwise_regularizer=regularizers.L2(1e-4))
+    >>> regularizers.get("l2")
+    L2(l2=0.01)
 """
 
 import dataclasses

@@ -1,5 +1,9 @@
 """Weights of PyTorch, Equinox, Flax and Haiku, in and out; batch normalizations folded in.
 
+`from_torch` and `to_torch` are for PyTorch and Equinox, `from_flax` and `to_flax` for
+`flax.linen.Conv` and `nnx.Conv`; `from_flax` reads Haiku's too. `fold_batch_norm` puts a batch
+normalization into the layer before it, for inference. `keras_io` is for Keras.
+
 Filter `m` of channel `c` makes the output channel `c*M + m` in all of them; only the axes differ.
 `*window` is the kernel's one, two or three dimensions, `kh, kw` for images:
 
@@ -12,6 +16,14 @@ Filter `m` of channel `c` makes the output channel `c*M + m` in all of them; onl
 None of the foreign kernels says what `m` is, so that it is an argument. The settings of a layer are
 not in its weights either. PyTorch pads both sides alike: `padding=1` there is `padding=1` here, and
 never "same", which at stride 2 may pad the end only; and its data format is "channels_first".
+
+Example:
+  >>> import numpy as np
+  >>> from flax_dwconv import weights
+  >>> state_dict = {"weight": np.ones((16, 1, 3, 3)), "bias": np.zeros(16)}  # of a Conv2d
+  >>> params = weights.from_torch(state_dict)
+  >>> params["kernel"].shape, params["bias"].shape
+  ((3, 3, 16, 1), (16,))
 """
 
 import math

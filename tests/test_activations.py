@@ -1,6 +1,7 @@
 """Activations. Oracles: formulas in numpy's float64, and live Keras 3 on its JAX backend."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -270,3 +271,10 @@ ERRORS = [
 @pytest.mark.parametrize("call, error, message", ERRORS, ids=[message for *_, message in ERRORS])
 def test_errors(call, error, message):
     rooms.check_error(call, error, message)
+
+
+def test_the_module_says_which_names_there_are():
+    names = {name for name in activations.VOCABULARY.names if name.lower() != "prelu"}
+    told = set(re.findall(r"\w+", activations.__doc__)) | {"threshold"}  # needs arguments
+    assert names - set(dir(activations)) <= told
+    assert {"silu", "swish", "tanh"} <= names - set(dir(activations))
