@@ -41,6 +41,23 @@ class Metrics(NamedTuple):
     accuracy: jax.Array
 
 
+class Race(NamedTuple):
+    """Two programs that compute the same: seconds of all runs, and the largest difference."""
+
+    ours: list[float]
+    theirs: list[float]
+    difference: float
+
+    def milliseconds(self) -> dict[str, np.ndarray]:
+        """Returns the lower quartile, the median and the upper quartile, by name of the layer."""
+        seconds = {"flax_dwconv": self.ours, "flax.linen.Conv": self.theirs}
+        return {name: 1e3 * np.quantile(runs, [0.25, 0.5, 0.75]) for name, runs in seconds.items()}
+
+    def ratio(self) -> float:
+        """Returns the median of the other layer divided by that of ours."""
+        return float(np.median(self.theirs) / np.median(self.ours))
+
+
 def depthwise(strides: int, depth_multiplier: int, name: str | None = None) -> nn.Module:
     """Returns the layer that the demo is about, as both blocks use it."""
     return flax_dwconv.DepthwiseConv2D(
@@ -140,7 +157,7 @@ def train(
     return state.params, on_train, on_val
 
 
-def compare(params: Any, x: np.ndarray) -> dict[str, tuple[float, float, float]]:
+def compare(params: Any, x: np.ndarray) -> dict[str, Race]:
     """Runs the trained depthwise layer of block 2 on its own input, beside `flax.linen.Conv`.
 
     Args:
@@ -148,7 +165,7 @@ def compare(params: Any, x: np.ndarray) -> dict[str, tuple[float, float, float]]
       x: images; both layers get the feature maps that block 1 makes of them.
 
     Returns:
-      {what is computed: seconds of our layer, seconds of the other, largest difference}.
+      {what is computed: the race}.
     """
     maps, weights = nn.relu(_outputs(params, x)["pointwise1"]), params["depthwise2"]
     channels = maps.shape[-1]
@@ -171,8 +188,8 @@ def compare(params: Any, x: np.ndarray) -> dict[str, tuple[float, float, float]]
     }
 
 
-def _race(ours: Callable, theirs: Callable, *args: Any) -> tuple[float, float, float]:
-    """Checks that two functions agree, and returns the least seconds of each and the difference.
+def _race(ours: Callable, theirs: Callable, *args: Any) -> Race:
+    """Checks that two functions agree, and times them.
 
     They run in turns, so that whatever else the machine does falls on both.
     """
@@ -186,7 +203,7 @@ def _race(ours: Callable, theirs: Callable, *args: Any) -> tuple[float, float, f
             start = time.perf_counter()
             jax.block_until_ready(f(*args))
             seconds[f].append(time.perf_counter() - start)
-    return min(seconds[ours]), min(seconds[theirs]), difference
+    return Race(seconds[ours], seconds[theirs], difference)
 
 
 def draw(path: pathlib.Path, params: Any, history: Any, test_set: Split, comparison: Any) -> None:
@@ -208,12 +225,20 @@ def draw(path: pathlib.Path, params: Any, history: Any, test_set: Split, compari
     accuracy.axhline(100 * test, color="black", lw=1, ls=":", label=f"test, at the end: {test:.1%}")
     loss.set(title="Loss, in its parts", xlabel="epoch", ylabel="nats", ylim=0)
     accuracy.set(title="Accuracy", xlabel="epoch", ylabel="right answers (%)", ylim=(0, 103))
-    for i, (name, color) in enumerate({"flax_dwconv": BLUE, "flax.linen.Conv": ORANGE}.items()):
-        times = [1e3 * seconds[i] for seconds in comparison.values()]
-        at = np.arange(len(times)) + 0.4 * (i - 0.5)
-        bars.bar_label(bars.bar(at, times, 0.4, color=color, label=name), fmt="%.2f")
-    bars.set_xticks(range(len(comparison)), comparison)
-    bars.set(title="Time of the depthwise layer of block 2", ylabel="ms")
+    colors = {"flax_dwconv": BLUE, "flax.linen.Conv": ORANGE}
+    for i, (name, color) in enumerate(colors.items()):
+        times = [race.milliseconds()[name] for race in comparison.values()]
+        low, middle, high = np.transpose(times)
+        at = np.arange(len(middle)) + 0.4 * (i - 0.5)
+        spread = {"yerr": (middle - low, high - middle), "capsize": 3}
+        drawn = bars.bar(at, middle, 0.4, color=color, label=name, **spread)
+        bars.bar_label(drawn, [f"{time:.2f}" for time in middle])
+    names = [f"{name}\nratio {race.ratio():.2f}" for name, race in comparison.items()]
+    bars.set_xticks(range(len(names)), names)
+    bars.set(
+        title="Time of the depthwise layer of block 2", ylabel="ms: median, middle half of runs"
+    )
+    bars.margins(y=0.3)  # room for the legend
     for axes in (loss, accuracy, bars):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.25)
@@ -293,12 +318,19 @@ def _run(args: argparse.Namespace) -> None:
     say("test accuracy", f"{test:.1%}")
 
     comparison = compare(params, test_set[0])
-    print("\nThe depthwise layer of block 2 and nn.Conv(feature_group_count=32), same weights:")
-    print(f"3x3, stride 2, {sizes[2]} inputs of 8x8x32; the fastest of {ROUNDS} runs, in turns\n")
-    print(f"{'':<22}{'flax_dwconv':>12}{'nn.Conv':>12}{'ratio':>8}{'max |difference|':>19}")
-    for name, (ours, theirs, difference) in comparison.items():
-        times = f"{ours * 1e3:>9.2f} ms{theirs * 1e3:>9.2f} ms{theirs / ours:>8.2f}"
-        print(f"{name:<22}{times}{difference:>19.1e}")
+    print("\nThe depthwise layer of block 2, and flax.linen.Conv(feature_group_count=32) with its")
+    print(f"weights: 3x3, stride 2, {sizes[2]} inputs of 8x8x32; {ROUNDS} runs of each, in turns\n")
+    print(f"{'':<22}{'':<17}{'median':>10}{'middle half of the runs':>26}{'ratio':>9}")
+    for name, race in comparison.items():
+        rows = race.milliseconds().items()
+        for label, ratio, (layer, (low, middle, high)) in zip(
+            (name, ""), ("", f"{race.ratio():.2f}"), rows, strict=True
+        ):
+            spread = f"{low:.2f} to {high:.2f} ms"
+            print(f"{label:<22}{layer:<17}{middle:>7.2f} ms{spread:>26}{ratio:>9}".rstrip())
+    difference = max(race.difference for race in comparison.values())
+    print("\nThe ratio is the median of flax.linen.Conv divided by that of flax_dwconv.")
+    print(f"Largest difference of their outputs and gradients: {difference:.1e}")
     if not args.no_plot:
         draw(args.out, params, (on_train, on_val), test_set, comparison)
         say("\nfigure", args.out.resolve())

@@ -28,11 +28,14 @@ def untrained(train_set, val_set, epochs, seed):
     return params, metrics, metrics
 
 
+RACE = demo.Race([1e-3, 3e-3, 2e-3], [1e-3] * 3, 0.0)  # the other layer is faster
+
+
 @pytest.fixture
 def quick(monkeypatch):
     """Leaves out what takes seconds."""
     monkeypatch.setattr(demo, "train", untrained)
-    monkeypatch.setattr(demo, "compare", lambda *args: {"forward": (1e-3, 2e-3, 0.0)})
+    monkeypatch.setattr(demo, "compare", lambda *args: {"forward": RACE})
     monkeypatch.setattr(demo, "draw", lambda path, *args: path.write_bytes(b"a figure"))
 
 
@@ -60,11 +63,24 @@ def test_the_demo_from_start_to_end(tmp_path, capsys, monkeypatch):
     assert "training: 100%" in err and "3/3" in err
     drawn = figure.read_text()  # what the figure says is what the text says
     assert f"test, at the end: {accuracy}%" in drawn and ">flax.linen.Conv<" in drawn
+    difference = re.search(r"^Largest difference .*: (\S+)$", out, re.MULTILINE)[1]
+    assert 0 < float(difference) < 1e-3
+    spread = r"([\d.]+) ms +([\d.]+) to ([\d.]+) ms"
     for name in ("forward", r"forward \+ gradients"):
-        row = rf"^{name} +([\d.]+) ms +([\d.]+) ms +[\d.]+ +(\S+)$"
-        ours, theirs, difference = re.search(row, out, re.MULTILINE).groups()
-        assert float(difference) < 1e-3
-        assert f">{ours}<" in drawn and f">{theirs}<" in drawn
+        rows = rf"^{name} +flax_dwconv +{spread}\n +flax.linen.Conv +{spread} +([\d.]+)$"
+        *times, ratio = map(float, re.search(rows, out, re.MULTILINE).groups())
+        for median, low, high in (times[:3], times[3:]):
+            assert 0 < low <= median <= high
+            assert f">{median:.2f}<" in drawn
+        assert ratio == pytest.approx(times[3] / times[0], rel=0.1)  # of rounded times
+        assert f">ratio {ratio:.2f}<" in drawn
+
+
+def test_a_layer_that_is_slower_is_said_to_be(capsys, quick):
+    assert demo.main(["--epochs", "1", "--no-plot"]) == 0
+    ours, theirs = capsys.readouterr().out.splitlines()[-5:-3]
+    assert ours.split() == "forward flax_dwconv 2.00 ms 1.50 to 2.50 ms".split()
+    assert theirs.split() == "flax.linen.Conv 1.00 ms 1.00 to 1.00 ms 0.50".split()
 
 
 def test_default_figure_is_in_the_current_folder(tmp_path, capsys, quick):
