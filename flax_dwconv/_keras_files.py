@@ -492,11 +492,16 @@ def require(module: str, extra: str) -> Any:
     """Imports a module that an extra of this package installs.
 
     Raises:
-        ImportError: with the line that installs it.
+        ImportError: with the line that installs it, or with what is wrong if it is installed.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
+        if error.name != module:  # it is there, but not what it imports: a backend of Keras
+            hint = " With KERAS_BACKEND=jax in the environment, Keras needs JAX alone."
+            raise ImportError(
+                f"`keras_io` cannot import {module}: {error}.{hint if module == 'keras' else ''}"
+            ) from error
         raise ImportError(
             f"`keras_io` needs {module}: pip install 'flax_dwconv[{extra}]'."
         ) from error

@@ -4,7 +4,8 @@
   of every layer. Files are read without Keras, and nothing in them is run. HDF5 needs the extra
   `h5`.
 - A config: `from_config` makes a layer of it, `to_config` makes it of a layer.
-- A live layer: `from_keras` reads one, `to_keras` makes one (extra `keras`).
+- A live layer: `from_keras` reads one, `to_keras` makes one (extra `keras`, and `KERAS_BACKEND=jax`
+  in the environment, for Keras's default backend is TensorFlow).
 
 Example:
   >>> from flax_dwconv import keras_io
@@ -201,7 +202,8 @@ def to_keras(layer: _layer.Settings, variables: Mapping[str, Any]) -> Any:
         other collections are ignored.
 
     Raises:
-      ImportError: if Keras is not installed.
+      ImportError: if Keras is not installed, or lacks its backend: `KERAS_BACKEND=jax` in the
+        environment makes that JAX.
       ValueError: as in `to_config`, or if the parameters do not fit the layer.
 
     Example:

@@ -643,3 +643,14 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, module, extra):
             keras_io.load(path)
         else:
             keras_io.to_keras(layer, variables)
+
+
+def test_keras_without_its_backend(tmp_path, monkeypatch):
+    (tmp_path / "keras.py").write_text("import a_backend")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "keras", raising=False)
+    layer = DepthwiseConv2D(3)
+    variables = layer.init(jax.random.key(0), jnp.ones((1, 4, 4, 1)))
+    message = "`keras_io` cannot import keras: No module named 'a_backend'. With KERAS_BACKEND=jax"
+    with pytest.raises(ImportError, match=message):
+        keras_io.to_keras(layer, variables)
