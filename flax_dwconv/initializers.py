@@ -5,7 +5,8 @@ That is how those of `jax.nn.initializers` are called too. The layers take all o
 a config stands for; a name is a class's, "HeNormal", or the same in small letters, "he_normal".
 
 The fans of a kernel (kh, kw, c, m) are Keras's, fan_in = kh * kw * c and fan_out = kh * kw * m,
-though a depthwise output sees kh * kw inputs only; a vector's length is both its fans.
+though a depthwise output sees kh * kw inputs only; a vector's length is both its fans. `HeNormal`
+and the like take the `seed`, `input_axes` and `output_axes` of `VarianceScaling`.
 
 An initializer with a `seed` ignores the key and gives, in float32, the bits that Keras gives on its
 JAX backend for the same seed; without a seed it draws from the key.
