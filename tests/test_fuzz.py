@@ -259,6 +259,17 @@ ALGORITHMS = {
     "short rows": {"efforts": (tuning.Effort(0, 0, 999),), "all_taps_elements": 0},
     "tiles": {"efforts": (tuning.Effort(0, 0, 999),), "row_outputs": 0, "tile_outputs": 3},
     "wide tiles": {"efforts": (tuning.Effort(0, 0, 999),), "row_outputs": 0},
+    "image by image": {
+        "efforts": (tuning.Effort(0, 0, 999),),
+        "row_outputs": 0,
+        "batch_temporaries": 0,
+        "loop_temporaries": 0,
+    },
+    "some images at a time": {
+        "efforts": (tuning.Effort(0, 0, 1),),
+        "batch_temporaries": 0,
+        "loop_temporaries": 1000,
+    },
     "all taps": {"all_taps_elements": 0, "all_taps_positions": 4, "positions_together": 1},
     "rows unrolled": {"efforts": (tuning.Effort(0, 0, 999),), "unrolled_bodies_elements": 0},
     "loops": {

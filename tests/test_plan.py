@@ -309,7 +309,25 @@ def test_forward(sizes, algorithm):
 def test_tiles_are_as_wide_as_the_effort_allows():
     widths = [planned(forward(n, 56, 96, 7)).algorithm.phases[0].algorithm.outputs
               for n in (1, 8)]  # fmt: skip
-    assert widths == [100 // 49, 350 // 49]
+    assert widths == [100 // 49, 400 // 49]
+
+
+@pytest.mark.parametrize(("row", "outputs"), [(28, 7), (24, 8), (23, 8), (21, 7), (9, 5), (59, 6)])
+def test_tiles_nearly_divide_a_row(row, outputs):
+    found = planned(forward(8, row, 960, 7)).algorithm
+    assert found.phases[0].algorithm.outputs == outputs
+
+
+def test_a_large_batch_is_a_loop():
+    """Padded images of 40x40 and tiles of 34x34 together: 490,568 elements for each image."""
+    sizes = dict(size=34, c=178, k=7)
+    found = [planned(forward(n, **sizes)).algorithm.images for n in (6, 12, 14, 32)]
+    assert found == [6, 12, 2, 4]
+    assert planned(forward(32, size=34, c=17, k=7)).algorithm.images == 32
+    assert planned(forward(13, **sizes)).algorithm.images == 1, "13 is prime"
+    assert planned(forward(32, 34, 178, 3)).algorithm.images == 32, "in regions nothing is copied"
+    shared = dataclasses.replace(forward(32, **sizes), partitioned=1)
+    assert planned(shared).algorithm.images == 32, "each device may have a part of the batch"
 
 
 def test_phases_of_a_strided_input_gradient():

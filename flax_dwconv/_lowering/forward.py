@@ -39,7 +39,30 @@ def convolve(x: jax.Array, kernel: jax.Array, taps: plan.Taps) -> jax.Array:
     if taps.exchanged:
         y = _with_every_kernel(kernel, x, taps)
         return lax.rev(jnp.swapaxes(y, 0, 1), range(2, y.ndim - 1))
+    if taps.images < x.shape[0]:
+        return _piece_by_piece(x, kernel, taps)
     return _with_every_kernel(x, kernel, taps)
+
+
+def _piece_by_piece(x: jax.Array, kernel: jax.Array, taps: plan.Taps) -> jax.Array:
+    """Convolves some images at a time: padded copies and tiles are as large as these need.
+
+    A block of 32 MB and more, which glibc takes from the system for each call and gives back, costs
+    more than the convolution: each of its pages is mapped and cleared again. Smaller copies stay
+    in the cache too.
+    """
+    outs = [axis.out for axis in taps.axes]
+    shape = (x.shape[0], kernel.shape[0], *outs, *kernel.shape[len(outs) + 1 :])
+
+    def step(i: jax.Array, y: jax.Array) -> jax.Array:
+        i = workarounds.parallel(i) if taps.parallel else i
+        first = i * taps.images
+        piece = lax.dynamic_slice_in_dim(x, first, taps.images)
+        return lax.dynamic_update_slice_in_dim(
+            y, _with_every_kernel(piece, kernel, taps), first, axis=0
+        )
+
+    return lax.fori_loop(0, x.shape[0] // taps.images, step, jnp.zeros(shape, x.dtype))
 
 
 def _with_every_kernel(x: jax.Array, kernel: jax.Array, taps: plan.Taps) -> jax.Array:

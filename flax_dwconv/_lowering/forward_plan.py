@@ -116,6 +116,8 @@ class Taps:
         all phases share; None, where each phase makes its own.
       counts: how many phases there are along each dimension.
       phases: all of them, the last dimension fastest.
+      images: how many images are convolved at once; the batch is a loop over them.
+      parallel: as `parallel_loops` in `Tuning`.
     """
 
     exchanged: bool
@@ -123,6 +125,8 @@ class Taps:
     crop: tuple[tuple[int, ...], tuple[int, ...]] | None
     counts: tuple[int, ...]
     phases: tuple[Phase, ...]
+    images: int
+    parallel: bool
 
 
 def choose(
@@ -132,6 +136,7 @@ def choose(
     channels: int,
     tuning: Tuning,
     broadcast: bool = False,
+    divisible: bool = False,
 ) -> tuple[Taps, str]:
     """Returns the algorithm that convolves every example with every kernel, and why.
 
@@ -142,6 +147,7 @@ def choose(
       channels: of image and kernel.
       tuning: the constants.
       broadcast: whether what a tap reads is repeated in the loop, for each filter of a channel.
+      divisible: whether the batch may be a loop: no device has a part of it only.
     """
     larger = math.prod(axis.kernel for axis in axes) > math.prod(axis.size for axis in axes)
     exchanged = larger and not broadcast
@@ -181,7 +187,38 @@ def choose(
         effort.region_taps,
         "an image in phases" if interleaved else f"{elements} elements",
     )
-    return Taps(exchanged, tuple(axes), crop, counts, tuple(chosen)), why
+    images = examples
+    if divisible and not exchanged and not interleaved:
+        temporaries = channels * _temporaries(crop, chosen)
+        if examples * temporaries >= tuning.batch_temporaries:
+            at_once = [n for n in range(2, examples) if n * temporaries < tuning.loop_temporaries]
+            images = max([n for n in at_once if examples % n == 0], default=1)
+            why += f", {images} of {examples} images at a time"
+    parts = tuple(chosen)
+    return Taps(exchanged, tuple(axes), crop, counts, parts, images, tuning.parallel_loops), why
+
+
+def _temporaries(crop: tuple[Sequence[int], Sequence[int]] | None, phases: Sequence[Phase]) -> int:
+    """Returns how many elements, of one image and channel, are in memory besides the result.
+
+    Args:
+      crop: of `Taps`.
+      phases: of `Taps`.
+    """
+    count = math.prod(crop[1]) if crop else 0
+    for phase in phases:
+        match phase.algorithm:
+            case Regions() | Zeros():
+                outputs = 1
+            case Rows():
+                outputs = phase.axes[-1].out
+                count += math.prod(axis.reach for axis in phase.axes[:-1]) * phase.axes[-1].size
+            case algorithm:
+                outputs = algorithm.outputs
+                count += math.prod(axis.reach for axis in phase.axes)
+        if outputs > 1 or len(phases) > 1:
+            count += math.prod(axis.out for axis in phase.axes)
+    return count
 
 
 def _same_image(
@@ -282,8 +319,29 @@ def _padded(
             for axis in axes[:-1]
         )
         return Rows(exchanged, axes[-1].out >= tuning.outputs_row_by_row)
-    outputs = max(min(tuning.tile_outputs, products // taps), 1)
+    outputs = _tile(axes, max(min(tuning.tile_outputs, products // taps), 1))
     return Tiles(outputs, outputs >= tuning.outputs_row_by_row)
+
+
+def _tile(axes: Sequence[Axis], most: int) -> int:
+    """Returns how many outputs a tile should have: those of a row need the fewest instructions.
+
+    For each tap, an output is one product with a sum. A tile loads each weight once, and of each
+    row of the kernel all that its outputs read. The last tile of a row may compute outputs that
+    nobody needs.
+
+    Args:
+      axes: the geometry.
+      most: the most outputs.
+    """
+    last = axes[-1]
+    taps = math.prod(axis.kernel for axis in axes)
+
+    def instructions(outputs: int) -> float:
+        loads = taps // last.kernel * ((outputs - 1) * last.stride + last.kernel) + taps
+        return -(-last.out // outputs) * (outputs * taps + loads)
+
+    return min(range(most, 0, -1), key=instructions)
 
 
 def _passes(sizes: Sequence[int], outputs: int, tuning: Tuning) -> tuple[Pass, ...]:

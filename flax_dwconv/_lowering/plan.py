@@ -269,7 +269,8 @@ def plan(convolution: Convolution, tuning: Tuning) -> Plan:
         if math.prod(axis.kernel for axis in axes) <= sizes and not dilated:
             filters = "broadcast"  # a loop keeps copies of the result, too
     broadcast = filters == "broadcast"
-    algorithm, why = forward_plan.choose(n, kernels, axes, channels, tuning, broadcast)
+    divisible = convolution.on_cpu and not (convolution.partitioned or convolution.sharded)
+    algorithm, why = forward_plan.choose(n, kernels, axes, channels, tuning, broadcast, divisible)
     kind: Kind = "input gradient" if dilated or q > 1 else "forward"
     taps = math.prod(axis.kernel for axis in axes)
     padded = -m % tuning.vector if broadcast and m > tuning.vector // 2 else 0
