@@ -742,5 +742,5 @@ def surface():
 
 
 def test_the_public_surface_is_pinned():
-    """A change here is a change for users: it belongs into the changes of README."""
+    """A change here is a change for users: it belongs into `.github/CHANGES.md`."""
     assert list(surface()) == PUBLIC.strip().replace("\n    ", " ").splitlines()
