@@ -245,12 +245,15 @@ def test_nested_models(keras, tmp_path):
 
 
 SMALL = {"MobileNet": dict(alpha=0.25, input_shape=(32, 32, 3), classes=7)}
-NETWORKS = ["MobileNetV2", "MobileNetV3Small", "EfficientNetB0", "Xception", "ConvNeXtTiny"]
-NETWORKS += ["NASNetMobile", "EfficientNetV2B0", "MobileNetV3Large"]
+NETWORKS = dict.fromkeys(["MobileNetV2", "MobileNetV3Small"], pytest.mark.slow)
+NETWORKS |= dict.fromkeys(  # 5 to 34 s each
+    "ConvNeXtTiny EfficientNetB0 EfficientNetV2B0 MobileNetV3Large NASNetMobile Xception".split(),
+    pytest.mark.nightly,
+)
 
 
 @pytest.mark.parametrize(
-    "name", [*SMALL, *(pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS)]
+    "name", [*SMALL, *(pytest.param(name, marks=mark) for name, mark in NETWORKS.items())]
 )
 def test_networks(keras, tmp_path, name):
     network = getattr(keras.applications, name)(weights=None, **SMALL.get(name, {}))

@@ -181,8 +181,13 @@ def reference(tmp_path_factory):
     return results(tmp_path_factory.mktemp("lax") / "r.npz", OFF, "lax", "float64")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("flags", ["", OFF], ids=["ynnpack", "without"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param("", marks=pytest.mark.slow, id="ynnpack"),
+        pytest.param(OFF, marks=pytest.mark.nightly, id="without"),
+    ],
+)
 def test_training_at_realistic_sizes(flags, reference, tmp_path):
     found = results(tmp_path / "r.npz", flags, "auto", "float32", "float64")
     fusions = {k: int(found.pop(k)) for k in list(found) if k.endswith("fusions")}
