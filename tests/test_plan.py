@@ -326,6 +326,8 @@ def test_a_large_batch_is_a_loop():
     assert planned(forward(32, size=34, c=17, k=7)).algorithm.images == 32
     assert planned(forward(13, **sizes)).algorithm.images == 1, "13 is prime"
     assert planned(forward(32, 34, 178, 3)).algorithm.images == 32, "in regions nothing is copied"
+    gradient = planned(input_gradient(n=32, stride=2, **sizes)).algorithm
+    assert len(gradient.phases) == 4 and gradient.images == 32
     shared = dataclasses.replace(forward(32, **sizes), partitioned=1)
     assert planned(shared).algorithm.images == 32, "each device may have a part of the batch"
 

@@ -188,8 +188,10 @@ def choose(
         "an image in phases" if interleaved else f"{elements} elements",
     )
     images = examples
-    if divisible and not exchanged and not interleaved:
-        temporaries = channels * _temporaries(crop, chosen)
+    # In a loop, an input gradient in phases takes up to twice as long: (4, 63, 63, 162), 5x5,
+    # stride 2. With several filters, the padded image is small beside the result.
+    if divisible and not (exchanged or interleaved or broadcast):
+        temporaries = channels * sum(map(_temporaries, chosen))
         if examples * temporaries >= tuning.batch_temporaries:
             at_once = [n for n in range(2, examples) if n * temporaries < tuning.loop_temporaries]
             images = max([n for n in at_once if examples % n == 0], default=1)
@@ -198,27 +200,17 @@ def choose(
     return Taps(exchanged, tuple(axes), crop, counts, parts, images, tuning.parallel_loops), why
 
 
-def _temporaries(crop: tuple[Sequence[int], Sequence[int]] | None, phases: Sequence[Phase]) -> int:
-    """Returns how many elements, of one image and channel, are in memory besides the result.
-
-    Args:
-      crop: of `Taps`.
-      phases: of `Taps`.
-    """
-    count = math.prod(crop[1]) if crop else 0
-    for phase in phases:
-        match phase.algorithm:
-            case Regions() | Zeros():
-                outputs = 1
-            case Rows():
-                outputs = phase.axes[-1].out
-                count += math.prod(axis.reach for axis in phase.axes[:-1]) * phase.axes[-1].size
-            case algorithm:
-                outputs = algorithm.outputs
-                count += math.prod(axis.reach for axis in phase.axes)
-        if outputs > 1 or len(phases) > 1:
-            count += math.prod(axis.out for axis in phase.axes)
-    return count
+def _temporaries(phase: Phase) -> int:
+    """Returns how many elements besides the result are in memory, of one image and channel."""
+    *outer, last = phase.axes
+    match phase.algorithm:
+        case Zeros() | Regions():
+            return 0
+        case Rows():
+            padded = math.prod(axis.reach for axis in outer) * last.size
+        case _:
+            padded = math.prod(axis.reach for axis in phase.axes)
+    return padded + math.prod(axis.out for axis in phase.axes)
 
 
 def _same_image(
