@@ -64,6 +64,7 @@ LAYERS = {
     "EfficientNet 5x5 stride 2": Case((8, 56, 56, 144), (5, 5, 144, 1), 2, "same"),
     "ConvNeXt": Case((4, 56, 56, 96), (7, 7, 96, 1), **SAME),
     "ConvNeXt 4": Case((32, 7, 7, 768), (7, 7, 768, 1), **SAME),
+    "ConvNeXt, 3 of 12 images at a time": Case((12, 56, 56, 96), (7, 7, 96, 1), **SAME),
     "RepLKNet": Case((1, 56, 56, 32), (31, 31, 32, 1), **SAME),
     "Xception entry": Case((2, 147, 147, 64), (3, 3, 64, 2), **SAME),
     "dilated": Case((2, 65, 65, 64), (3, 3, 64, 1), 1, "same", 12),
