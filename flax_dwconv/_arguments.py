@@ -90,6 +90,8 @@ def with_hints(init: Callable[..., None]) -> Callable[..., None]:
                 close = difflib.get_close_matches(word, known, 1)
                 meant = [_MEANT[word]] if _MEANT.get(word) in known else close
                 hint = f", did you mean `{meant[0]}`?" if meant else "."
+                if _MEANT.get(word, word) == "filters" and not meant:
+                    hint += " It has `depth_multiplier` results for each channel of its input."
                 raise TypeError(f"`{name}` has no argument `{word}`{hint}")
         if len(args) > len(nameless):
             raise TypeError(

@@ -119,7 +119,7 @@ def _padding(value: Any, rank: int) -> str | Pads:
             return value.lower()
         if value.lower() == "causal":
             raise ValueError(
-                "Causal padding is only supported for `Conv1D` and `SeparableConv1D`: "
+                "Causal padding is only supported for `DepthwiseConv1D` and `SeparableConv1D`: "
                 f"`padding` must be 'valid' or 'same', got {value!r}."
             )
     message = (

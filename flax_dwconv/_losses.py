@@ -51,7 +51,7 @@ def total_loss(losses: Any) -> jax.Array:
     if isinstance(losses, nnx.Module):
         losses = nnx.state(losses, Loss)
     if not isinstance(losses, Mapping):
-        raise TypeError(_message(_described(losses)) + _LOST * (losses is None))
+        raise TypeError(_message(_described(losses), _LOST if losses is None else _PASS))
     leaves, _ = jax.tree_util.tree_flatten_with_path(dict(losses), is_leaf=_is_leaf)
     penalties = [leaf for path, leaf in leaves if _is_penalty(path, leaf)]
     others = [(path, leaf) for path, leaf in leaves if not _is_penalty(path, leaf)]
@@ -67,20 +67,21 @@ def total_loss(losses: Any) -> jax.Array:
         path, leaf = others[0]
         raise ValueError(_message(f"no penalty, but {_described(leaf)} at {_written(path)}"))
     if any(leaf is None for leaf in penalties):
-        raise TypeError(_message("None in place of a penalty") + _LOST)
+        raise TypeError(_message("None in place of a penalty", _LOST))
     values = jax.tree.leaves(penalties)
     return sum((jnp.sum(jnp.asarray(value, jnp.float32)) for value in values), start=jnp.float32(0))
 
 
+_PASS = ' Of `y, state = model.apply(variables, x, mutable=["losses"])`, pass `state`.'
 _LOST = (
     ' `apply` returns no "losses" where no layer sowed a penalty; `total_loss(state)` is 0 then.'
 )
 
 
-def _message(got: str) -> str:
+def _message(got: str, hint: str = _PASS) -> str:
     return (
         '`losses` must be a collection of penalties, a dict that has "losses", an nnx model or its '
-        f"state, got {got}."
+        f"state, got {got}.{hint}"
     )
 
 

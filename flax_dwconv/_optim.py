@@ -145,7 +145,7 @@ def collect_constraints(model: Any, *example_inputs: Any, **kwargs: Any) -> Mapp
         is the first one that fits the shape, where several do.)
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is no module, or a linen module without inputs.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -177,7 +177,7 @@ def depthwise_kernels(model: Any, *example_inputs: Any, **kwargs: Any) -> Mappin
         a bool for each parameter.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is no module, or a linen module without inputs.
 
     Example:
         Weight decay for all parameters but depthwise kernels and whatever has one axis:
@@ -235,6 +235,8 @@ class _Found:
 def _found(model: Any, args: Any, kwargs: Any, ask: _Question) -> Mapping[str, Any]:
     """Returns a tree like the parameters, with `_Found` or None for each."""
     if isinstance(model, nn.Module):
+        if not (args or kwargs):
+            raise TypeError("A linen `model` is traced: what it is called with must follow it.")
         return _of_linen(model, args, kwargs, ask)
     if isinstance(model, nnx.Module):
         return _of_nnx(model, ask)

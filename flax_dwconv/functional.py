@@ -155,7 +155,8 @@ def _check_operands(x: jax.Array, kernel: jax.Array, window: _geometry.Window) -
     if x.shape[window.channel_axis] != kernel.shape[-2]:
         raise ValueError(
             f"`x` and `kernel` must have the same number of channels, got {x.shape} with the "
-            f"channels on axis {window.channel_axis} and a `kernel` of shape {kernel.shape}."
+            f"channels on axis {window.channel_axis} and a `kernel` of shape {kernel.shape} with "
+            "the channels on its last axis but one."
         )
     if kernel.shape[-2] == 0:
         raise ValueError(f"`x` must have at least one channel, got {x.shape}.")

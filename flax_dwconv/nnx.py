@@ -143,7 +143,7 @@ class _Module(nnx.Module):
                 f"A call of `{type(self).__name__}` keeps its penalties in the layer, which has to "
                 "be an argument of the transformed function, of `nnx.jit` for instance in place of "
                 "`jax.jit`. A layer from the function's closure is called by `with_penalties`, "
-                "which returns them."
+                "which returns them, and a model by `nnx.clone(model)(x)`, which drops them."
             ) from None
 
     def _captured(self, name: str, value: jax.Array) -> bool:

@@ -86,19 +86,22 @@ ERRORS = [
         lambda: conv(kernel=zeros(3, 3, 4, 1)),
         ValueError,
         "`x` and `kernel` must have the same number of channels, got (2, 6, 5, 3) with "
-        "the channels on axis -1 and a `kernel` of shape (3, 3, 4, 1).",
+        "the channels on axis -1 and a `kernel` of shape (3, 3, 4, 1) with the "
+        "channels on its last axis but one.",
     ),
     (
         lambda: conv(zeros(2, 3, 6, 5)),
         ValueError,
         "`x` and `kernel` must have the same number of channels, got (2, 3, 6, 5) with "
-        "the channels on axis -1 and a `kernel` of shape (3, 3, 3, 1).",
+        "the channels on axis -1 and a `kernel` of shape (3, 3, 3, 1) with the "
+        "channels on its last axis but one.",
     ),
     (
         lambda: conv(data_format="channels_first"),
         ValueError,
         "`x` and `kernel` must have the same number of channels, got (2, 6, 5, 3) with "
-        "the channels on axis -3 and a `kernel` of shape (3, 3, 3, 1).",
+        "the channels on axis -3 and a `kernel` of shape (3, 3, 3, 1) with the "
+        "channels on its last axis but one.",
     ),
     (
         lambda: conv(X.astype(np.float16)),
@@ -234,7 +237,7 @@ ERRORS = [
     (
         lambda: conv(padding="causal"),
         ValueError,
-        "Causal padding is only supported for `Conv1D` and `SeparableConv1D`: `padding` "
+        "Causal padding is only supported for `DepthwiseConv1D` and `SeparableConv1D`: `padding` "
         "must be 'valid' or 'same', got 'causal'.",
     ),
     (
@@ -412,13 +415,13 @@ ERRORS = [
     (
         lambda: layer(padding="causal"),
         ValueError,
-        "Causal padding is only supported for `Conv1D` and `SeparableConv1D`: `padding` "
+        "Causal padding is only supported for `DepthwiseConv1D` and `SeparableConv1D`: `padding` "
         "must be 'valid' or 'same', got 'causal'.",
     ),
     (
         lambda: layer(padding="CAUSAL"),
         ValueError,
-        "Causal padding is only supported for `Conv1D` and `SeparableConv1D`: `padding` "
+        "Causal padding is only supported for `DepthwiseConv1D` and `SeparableConv1D`: `padding` "
         "must be 'valid' or 'same', got 'CAUSAL'.",
     ),
     (

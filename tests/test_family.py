@@ -356,6 +356,16 @@ def test_shapes_that_do_not_fit(name):
         build(name, 3, depthwise_regularizer="l3")
 
 
+@pytest.mark.parametrize("word", ["features", "filters", "out_features"])
+def test_results_are_not_counted(word):
+    with pytest.raises(TypeError) as error:
+        flax_dwconv.DepthwiseConv2D(3, **{word: 32})
+    assert str(error.value) == (
+        f"`DepthwiseConv2D` has no argument `{word}`. It has `depth_multiplier` results for each "
+        "channel of its input."
+    )
+
+
 @pytest.mark.parametrize("filters, error", [(0, ValueError), (1.5, TypeError), (None, TypeError)])
 def test_filters(filters, error):
     with pytest.raises(error, match="`filters` must be an integer > 0, got"):

@@ -196,8 +196,8 @@ def test_causal_padding_is_of_sequences(rank):
     with pytest.raises(ValueError) as error:
         window(rank, padding="causal")
     assert str(error.value) == (
-        "Causal padding is only supported for `Conv1D` and `SeparableConv1D`: `padding` must be "
-        "'valid' or 'same', got 'causal'."
+        "Causal padding is only supported for `DepthwiseConv1D` and `SeparableConv1D`: `padding` "
+        "must be 'valid' or 'same', got 'causal'."
     )
 
 

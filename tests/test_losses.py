@@ -98,6 +98,7 @@ WANTED = (
     '`losses` must be a collection of penalties, a dict that has "losses", an nnx model or its '
     "state, got "
 )
+PASS = ' Of `y, state = model.apply(variables, x, mutable=["losses"])`, pass `state`.'
 LOST = ' `apply` returns no "losses" where no layer sowed a penalty; `total_loss(state)` is 0 then.'
 KERNEL = np.ones((3, 3, 3, 1), "f4")
 REFUSED = [
@@ -138,10 +139,11 @@ REFUSED = [
 def test_what_is_refused(losses, kind, got):
     with pytest.raises(kind) as error:
         total_loss(losses)
-    assert str(error.value) == WANTED + got
+    assert str(error.value) == WANTED + got + PASS * (LOST not in got)
 
 
 def test_parameters_of_an_nnx_model_are_refused():
     with pytest.raises(ValueError) as error:
         total_loss(nnx.state(Net(**PENALISED), nnx.Param))
-    assert str(error.value) == f"{WANTED}no penalty, but an array of shape (3,) at 'first/bias'."
+    wanted = f"{WANTED}no penalty, but an array of shape (3,) at 'first/bias'.{PASS}"
+    assert str(error.value) == wanted

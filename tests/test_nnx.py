@@ -411,9 +411,11 @@ def test_a_call_from_a_closure_says_what_to_do(transform, popped):
     assert str(error.value).startswith(
         "A call of `DepthwiseConv2D` keeps its penalties in the layer, which has to be an argument "
         "of the transformed function, of `nnx.jit` for instance in place of `jax.jit`. A layer "
-        "from the function's closure is called by `with_penalties`, which returns them."
+        "from the function's closure is called by `with_penalties`, which returns them, and a "
+        "model by `nnx.clone(model)(x)`, which drops them."
     )
     transform(lambda x: layer.with_penalties(x)[0], x)
+    transform(lambda x: nnx.clone(layer)(x), x)
     transform(build(padding="same"), x)  # nothing to keep
 
 

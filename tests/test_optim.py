@@ -283,6 +283,12 @@ def test_collect_refuses_what_is_no_module():
     assert str(error.value) == "`model` must be a linen or an nnx module, got dict."
 
 
+@pytest.mark.parametrize("f", [collect_constraints, depthwise_kernels])
+def test_a_linen_model_needs_its_inputs(f):
+    with pytest.raises(TypeError, match="A linen `model` is traced: what it is called with must"):
+        f(DepthwiseConv2D(3))
+
+
 # Frozen layers
 
 
