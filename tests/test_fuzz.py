@@ -270,7 +270,12 @@ ALGORITHMS = {
         "batch_temporaries": 0,
         "loop_temporaries": 1000,
     },
-    "all taps": {"all_taps_elements": 0, "all_taps_positions": 4, "positions_together": 1},
+    "all taps": {
+        "all_taps_elements": 0,
+        "row_positions": 4,
+        "split_positions": 3,
+        "positions_together": 1,
+    },
     "rows unrolled": {"efforts": (tuning.Effort(0, 0, 999),), "unrolled_bodies_elements": 0},
     "loops": {
         "efforts": (tuning.Effort(0, 0, 1),),
@@ -288,7 +293,8 @@ ALGORITHMS = {
     "short sums": {
         "efforts": (tuning.Effort(0, 8, 20),),
         "unrolled_bodies": 0,
-        "all_taps_positions": 4,
+        "row_positions": 4,
+        "split_positions": 3,
     },
 }
 # Every sum of products is exact: below 2 / eps.

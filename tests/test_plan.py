@@ -24,6 +24,15 @@ TUNINGS = {
         all_taps_elements=0,
         unrolled_bodies_elements=0,
     ),
+    "short blocks": dataclasses.replace(
+        tuning.TUNING,
+        all_taps_elements=0,
+        unrolled_bodies_elements=0,
+        row_products=8,
+        row_positions=4,
+        split_positions=3,
+        rest_positions=2,
+    ),
     "small passes": dataclasses.replace(
         tuning.TUNING,
         efforts=(tuning.Effort(0, region_taps=0, products=20),),
@@ -533,13 +542,16 @@ def summed_up(block, at, taps, base):
         for position in itertools.product(*block.reads):
             for tap in itertools.product(*map(range, taps)):
                 dims = [*zip(tap, position, index, strict=True)]
-                if all(a in reads for a, (_, reads), _ in dims):
+                if all(a in reads for a, reads, _ in dims):
                     yield (
                         tuple(g * n + a for g, n, a in zip(at, taps, tap, strict=True)),
-                        tuple(p + j * s for (_, (p, _), j), s in zip(dims, steps, strict=True)),
                         tuple(
-                            reads[a] + j * apart + b
-                            for (a, (_, reads), j), apart, b in
+                            reads[a][0] + j * step
+                            for (a, reads, j), step in zip(dims, steps, strict=True)
+                        ),
+                        tuple(
+                            reads[a][1] + j * apart + b
+                            for (a, reads, j), apart, b in
                             zip(dims, block.apart, base, strict=True)
                         ),
                     )  # fmt: skip

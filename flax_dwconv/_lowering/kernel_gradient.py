@@ -78,26 +78,32 @@ def _taps(
       gradient: the plan.
     """
     taps, tail = gradient.taps, g.shape[len(gradient.taps) + 1 :]
-    zeros = jnp.zeros((math.prod(taps), *tail), g.dtype)
-    parts = [_block(read, g, block, gradient) for block in blocks]
-    return functools.reduce(lax.add, parts or [zeros]).reshape(*taps, *tail)
+    sums_of: dict[int, jax.Array] = {}
+    for block in blocks:
+        for tap, y in _block(read, g, block, gradient).items():
+            sums_of[tap] = lax.add(sums_of[tap], y) if tap in sums_of else y
+    zeros = jnp.zeros(tail, g.dtype)
+    y = jnp.stack([sums_of.get(tap, zeros) for tap in range(math.prod(taps))])
+    return y.reshape(*taps, *tail)
 
 
 def _block(
     read: windows.Reader, g: jax.Array, block: plan.Block, gradient: plan.KernelGradient
-) -> jax.Array:
-    """Returns `(taps, c)`: what one block adds to the gradients."""
+) -> dict[int, jax.Array]:
+    """Returns for each tap `(c,)`: what one block adds to its gradient."""
     steps = [len(reads) for reads in block.reads]
     images = functools.cache(lambda at: read(at, block.counts, block.apart))
+    cotangents = functools.cache(lambda at: windows.window(g, at, block.counts, steps))
     shape = (g.shape[0], *block.counts, *g.shape[1 + len(steps) :])
-    outputs: list[sums.Terms] = [{} for _ in range(math.prod(gradient.taps))]
-    for i, position in enumerate(itertools.product(*block.reads)):
-        positions, inside = zip(*position, strict=True)
-        cotangent = windows.window(g, positions, block.counts, steps)
-        for terms, tap in zip(outputs, itertools.product(*map(range, gradient.taps)), strict=True):
-            if all(a in at for a, at in zip(tap, inside, strict=True)):
-                at = tuple(at[a] for a, at in zip(tap, inside, strict=True))
+    taps = list(itertools.product(*map(range, gradient.taps)))
+    outputs: list[sums.Terms] = [{} for _ in taps]
+    for i, reads in enumerate(itertools.product(*block.reads)):
+        for terms, tap in zip(outputs, taps, strict=True):
+            if all(a in of for a, of in zip(tap, reads, strict=True)):
+                dims = [of[a] for a, of in zip(tap, reads, strict=True)]
+                at, position = zip(*[(t, p) for p, t in dims], strict=True)
                 image = windows.repeated(images(at), shape)
-                terms[i // gradient.positions_together, i] = lax.mul(image, cotangent)
-    summed = sums.together(outputs, gradient.row_by_row, shape, g.dtype)
-    return jnp.stack([y.sum(range(1 + len(steps))) for y in summed])
+                terms[i // gradient.positions_together, i] = lax.mul(image, cotangents(position))
+    some = [i for i, terms in enumerate(outputs) if terms]
+    summed = sums.together([outputs[i] for i in some], gradient.row_by_row, shape, g.dtype)
+    return {i: y.sum(range(1 + len(steps))) for i, y in zip(some, summed, strict=True)}

@@ -3,26 +3,45 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from flax_dwconv._lowering.axis import Axis
+from flax_dwconv._lowering.axis import Axis, inside
 from flax_dwconv._lowering.tuning import Tuning
+
+# Of one dimension, products one by one: of each {tap: (the position of the cotangent, that of the
+# image)}, without the taps that read outside.
+Reads = tuple[dict[int, tuple[int, int]], ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Positions of the cotangent whose products a pass sums up, and equal blocks next to them.
+    """Products of image and cotangent that a pass sums up, and equal blocks next to them.
 
     Attributes:
-      reads: for each dimension, the positions of the cotangent, and for each of these {tap: the
-        position of the image that it reads}, without the taps that read outside.
+      reads: of each dimension.
       counts: how many such blocks follow one another along each dimension.
       apart: along each dimension, the distance of one block to the next, in positions of the image.
+        In positions of the cotangent it is the length of `reads`.
     """
 
-    reads: tuple[tuple[tuple[int, dict[int, int]], ...], ...]
+    reads: tuple[Reads, ...]
     counts: tuple[int, ...]
     apart: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What a block has of one dimension.
+
+    Attributes:
+      reads: as in `Block`.
+      count: as in `counts` of `Block`.
+      rest: whether it is what the equal blocks leave.
+    """
+
+    reads: Reads
+    count: int
+    rest: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +179,7 @@ def choose(
         start[along], first[along] = first[along], 0
         extent[along] = reach[along] = longest.size
     else:
-        positions = tuning.all_taps_positions
+        positions = tuning.split_positions
     inner = [dataclasses.replace(axis, size=e) for axis, e in zip(axes, extent, strict=True)]
     blocks = _blocks(inner, start, taps, along, positions, tuning)
     loop = Loop(tuple(first), tuple(reach), tuple(apart), tuning.parallel_loops)
@@ -182,7 +201,7 @@ def _share(
     few_outside = all(axis.edge_taps <= axis.out for axis in axes)
     large = elements >= tuning.all_taps_elements
     if math.prod(taps) <= tuning.all_taps and large and few_outside:
-        return taps, tuning.all_taps_positions, "all taps in one pass"
+        return taps, tuning.row_positions, "all taps in one pass"
     pieces = -(-taps[along] // tuning.row_taps)
     piece = -(-taps[along] // pieces)
     taps = [piece if d == along else 1 for d in range(len(axes))]
@@ -215,8 +234,10 @@ def _blocks(
 ) -> tuple[Block, ...]:
     """Returns what one pass of a kernel gradient sums up.
 
-    Along each dimension, the positions of the cotangent that read inside the image for all taps are
-    blocks of neighbours; the others are a block of their own, without what reads outside.
+    Along each dimension, each tap has its own positions of the cotangent: those for which it reads
+    inside the image. Equal blocks hold as many of them as every tap has, and each tap counts from
+    the first of its own. What is left is a block of its own. When blocks had only the positions
+    that all taps have, a 3x3 kernel on an image of 28x28 had 418 products, and now has 256.
 
     Args:
       axes: the geometry of each spatial dimension, with the sizes of the image.
@@ -228,62 +249,84 @@ def _blocks(
       positions: about how many positions of the cotangent one block has.
       tuning: the constants.
     """
-    reads = [
+    order = [*[d for d in range(len(axes)) if d != along], along]
+    # For each dimension {tap: the positions of the cotangent for which it reads inside}.
+    own = [
         {
-            p: {
-                a: t
-                for a in range(n)
-                if 0 <= (t := at + a * axis.stride + p * axis.rhs_dilation) < axis.size
-            }
-            for p in range(axis.kernel)
+            a: found
+            for a in range(n)
+            if (found := inside(at + a * axis.stride, axis.rhs_dilation, axis.kernel, axis.size))
         }
         for at, n, axis in zip(first, taps, axes, strict=True)
     ]
 
-    order = [*[d for d in range(len(axes)) if d != along], along]
+    def read(d: int, positions: Mapping[int, int]) -> dict[int, tuple[int, int]]:
+        """Returns an element of `Reads` of {tap: the position of the cotangent}."""
+        start, axis = first[d], axes[d]
+        return {
+            a: (p, start + a * axis.stride + p * axis.rhs_dilation) for a, p in positions.items()
+        }
 
-    def split(d: int, most: int, inner: int) -> list[tuple[list[int], int]]:
-        """Returns the first block of each kind along a dimension, and how many there are."""
-        some = [p for p, inside in reads[d].items() if inside]
+    def one_by_one(d: int, own: Mapping[int, range]) -> Reads:
+        every = sorted({p for positions in own.values() for p in positions})
+        return tuple(read(d, {a: p for a, of in own.items() if p in of}) for p in every)
+
+    def split(d: int, most: int, inner: int, rest: bool) -> list[Part]:
+        """Returns the parts of a dimension."""
+        whole = Part(one_by_one(d, own[d]), 1, rest)
+        if not whole.reads:
+            return []
         if d == along:
-            most = max(min(most, tuning.all_taps_positions), 1)
-            whole = len(some) <= most
+            most = max(min(most, tuning.rest_positions if rest else tuning.row_positions), 1)
+            if len(whole.reads) <= most:
+                return [whole]
+            most = min(most, tuning.split_positions)
         else:
-            whole = len(some) * inner <= 2 * most
+            if len(whole.reads) * inner <= 2 * most:
+                return [whole]
             most = 1
-        if whole:
-            return [(some, 1)] * bool(some)
-        every = [p for p in some if len(reads[d][p]) == taps[d]]
-        width = min(range(-(-most // 2), most + 1), key=lambda width: (len(every) % width, -width))
-        count = len(every) // width
+        every = min(map(len, own[d].values()))
+        width = min(range(-(-most // 2), most + 1), key=lambda width: (every % width, -width))
+        count = every // width
         if count < 2:
-            return [(some, 1)]
-        every = every[: count * width]
-        regular = set(every)  # a signal may have 100,000 positions
-        others = [p for p in some if p not in regular]
-        return [(every[:width], count)] + [(others, 1)] * bool(others)
+            return [whole]
+        blocks = tuple(read(d, {a: of[i] for a, of in own[d].items()}) for i in range(width))
+        others = one_by_one(d, {a: of[count * width :] for a, of in own[d].items()})
+        return [Part(blocks, count, rest)] + [Part(others, 1, True)] * bool(others)
+
+    def thicker(d: int, part: Part, most: int) -> Part:
+        """Returns blocks of several positions instead of one, if their number divides `count`."""
+        (reads,) = part.reads
+        n = max(n for n in range(1, max(most, 1) + 1) if part.count % n == 0)
+        blocks = [read(d, {a: p + i for a, (p, _) in reads.items()}) for i in range(n)]
+        return Part(tuple(blocks), part.count // n, part.rest)
 
     found = []
 
-    def build(chosen: dict[int, tuple[list[int], int]], most: int) -> None:
+    def build(chosen: dict[int, Part], most: int, rest: bool) -> None:
         if len(chosen) < len(axes):
             d, *others = order[len(chosen) :]
             inner = math.prod(axes[other].kernel for other in others)
-            for part in split(d, most, inner):
-                build(chosen | {d: part}, most // len(part[0]))
+            for part in split(d, most, inner, rest):
+                build(chosen | {d: part}, most // len(part.reads), rest or part.rest)
             return
-        blocks, counts = zip(*[chosen[d] for d in range(len(axes))], strict=True)
+        if rest:  # few products, whose partial sums should be few too
+            most = tuning.rest_positions // math.prod(len(part.reads) for part in chosen.values())
+            for d in order[:-1]:
+                if chosen[d].count > 1:
+                    chosen[d] = thicker(d, chosen[d], most)
+                    most //= len(chosen[d].reads)
+        parts = [chosen[d] for d in range(len(axes))]
         found.append(
             Block(
-                reads=tuple(
-                    tuple((p, of[p]) for p in b) for of, b in zip(reads, blocks, strict=True)
-                ),
-                counts=counts,
+                reads=tuple(part.reads for part in parts),
+                counts=tuple(part.count for part in parts),
                 apart=tuple(
-                    len(b) * axis.rhs_dilation for b, axis in zip(blocks, axes, strict=True)
+                    len(part.reads) * axis.rhs_dilation
+                    for part, axis in zip(parts, axes, strict=True)
                 ),
             )
         )
 
-    build({}, positions)
+    build({}, positions, False)
     return tuple(found)
