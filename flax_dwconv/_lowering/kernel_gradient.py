@@ -8,7 +8,7 @@ reduce.
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -77,33 +77,65 @@ def _taps(
       blocks: what is summed up.
       gradient: the plan.
     """
-    taps, tail = gradient.taps, g.shape[len(gradient.taps) + 1 :]
-    sums_of: dict[int, jax.Array] = {}
-    for block in blocks:
-        for tap, y in _block(read, g, block, gradient).items():
-            sums_of[tap] = lax.add(sums_of[tap], y) if tap in sums_of else y
-    zeros = jnp.zeros(tail, g.dtype)
-    y = jnp.stack([sums_of.get(tap, zeros) for tap in range(math.prod(taps))])
-    return y.reshape(*taps, *tail)
+    tail = g.shape[len(gradient.taps) + 1 :]
+    added: dict[tuple[int, ...], list[jax.Array]] = {}
+    for _, alike in itertools.groupby(sorted(blocks, key=_counts), _counts):
+        for tap, y in _loop(read, g, list(alike), gradient).items():
+            added.setdefault(tap, []).append(y)
+    zeros = [jnp.zeros(tail, g.dtype)]
+    parts = [added.get(tap, zeros) for tap in itertools.product(*map(range, gradient.taps))]
+    y = jnp.stack([functools.reduce(lax.add, some) for some in parts])
+    return y.reshape(*gradient.taps, *tail)
 
 
-def _block(
-    read: windows.Reader, g: jax.Array, block: plan.Block, gradient: plan.KernelGradient
-) -> dict[int, jax.Array]:
-    """Returns for each tap `(c,)`: what one block adds to its gradient."""
+def _counts(block: plan.Block) -> list[int]:
+    """Returns what blocks have in common whose products are summed up in one loop."""
+    return sorted(block.counts, reverse=True)
+
+
+def _loop(
+    read: windows.Reader,
+    g: jax.Array,
+    blocks: Sequence[plan.Block],
+    gradient: plan.KernelGradient,
+) -> dict[tuple[int, ...], jax.Array]:
+    """Returns for each tap `(c,)`: what some blocks add to its gradient, in one loop.
+
+    What is left of the rows and what is left of the columns may be as many blocks along one
+    dimension as along another. A loop for each takes longer than its few products.
+    """
+    shape = (g.shape[0], *blocks[0].counts, *g.shape[len(gradient.taps) + 1 :])
+    products = itertools.chain(*[_products(read, g, block, shape) for block in blocks])
+    taps = itertools.product(*map(range, gradient.taps))
+    outputs: dict[tuple[int, ...], sums.Terms] = {tap: {} for tap in taps}
+    for i, of in enumerate(products):
+        for tap, product in of.items():
+            outputs[tap][i // gradient.positions_together, i] = product
+    outputs = {tap: terms for tap, terms in outputs.items() if terms}
+    summed = sums.together(list(outputs.values()), gradient.row_by_row, shape, g.dtype)
+    axes = range(1 + len(gradient.taps))
+    return {tap: y.sum(axes) for tap, y in zip(outputs, summed, strict=True)}
+
+
+def _products(
+    read: windows.Reader, g: jax.Array, block: plan.Block, shape: tuple[int, ...]
+) -> Iterator[dict[tuple[int, ...], jax.Array]]:
+    """Yields for each position of a block {tap: the products of all such blocks, of this shape}."""
     steps = [len(reads) for reads in block.reads]
-    images = functools.cache(lambda at: read(at, block.counts, block.apart))
-    cotangents = functools.cache(lambda at: windows.window(g, at, block.counts, steps))
-    shape = (g.shape[0], *block.counts, *g.shape[1 + len(steps) :])
-    taps = list(itertools.product(*map(range, gradient.taps)))
-    outputs: list[sums.Terms] = [{} for _ in taps]
-    for i, reads in enumerate(itertools.product(*block.reads)):
-        for terms, tap in zip(outputs, taps, strict=True):
-            if all(a in of for a, of in zip(tap, reads, strict=True)):
-                dims = [of[a] for a, of in zip(tap, reads, strict=True)]
-                at, position = zip(*[(t, p) for p, t in dims], strict=True)
-                image = windows.repeated(images(at), shape)
-                terms[i // gradient.positions_together, i] = lax.mul(image, cotangents(position))
-    some = [i for i, terms in enumerate(outputs) if terms]
-    summed = sums.together([outputs[i] for i in some], gradient.row_by_row, shape, g.dtype)
-    return {i: y.sum(range(1 + len(steps))) for i, y in zip(some, summed, strict=True)}
+
+    @functools.cache
+    def image(at: tuple[int, ...]) -> jax.Array:
+        y = read(at, block.counts, block.apart)
+        return windows.repeated(lax.reshape(y, (*shape[: y.ndim - 1], y.shape[-1])), shape)
+
+    @functools.cache
+    def cotangent(at: tuple[int, ...]) -> jax.Array:
+        return lax.reshape(windows.window(g, at, block.counts, steps), shape)
+
+    for reads in itertools.product(*block.reads):
+        found = {}
+        for dims in itertools.product(*[of.items() for of in reads]):
+            tap, places = zip(*dims, strict=True)
+            p, t = zip(*places, strict=True)
+            found[tap] = lax.mul(image(t), cotangent(p))
+        yield found

@@ -237,7 +237,7 @@ def _blocks(
     Along each dimension, each tap has its own positions of the cotangent: those for which it reads
     inside the image. Equal blocks hold as many of them as every tap has, and each tap counts from
     the first of its own. What is left is a block of its own. When blocks had only the positions
-    that all taps have, a 3x3 kernel on an image of 28x28 had 418 products, and now has 256.
+    that all taps share, a 3x3 kernel on an image of 28x28 had 418 products; now it has 250.
 
     Args:
       axes: the geometry of each spatial dimension, with the sizes of the image.
@@ -259,6 +259,8 @@ def _blocks(
         }
         for at, n, axis in zip(first, taps, axes, strict=True)
     ]
+
+    found: list[Block] = []
 
     def read(d: int, positions: Mapping[int, int]) -> dict[int, tuple[int, int]]:
         """Returns an element of `Reads` of {tap: the position of the cotangent}."""
@@ -287,12 +289,16 @@ def _blocks(
             most = 1
         every = min(map(len, own[d].values()))
         width = min(range(-(-most // 2), most + 1), key=lambda width: (every % width, -width))
+        # In as many blocks as there are of the part before, it is summed up along with that.
+        alike = every // max(found[-1].counts) if rest and found else 0
+        if 1 <= alike <= most:
+            width = alike
         count = every // width
         if count < 2:
             return [whole]
         blocks = tuple(read(d, {a: of[i] for a, of in own[d].items()}) for i in range(width))
-        others = one_by_one(d, {a: of[count * width :] for a, of in own[d].items()})
-        return [Part(blocks, count, rest)] + [Part(others, 1, True)] * bool(others)
+        left = one_by_one(d, {a: of[count * width :] for a, of in own[d].items()})
+        return [Part(blocks, count, rest)] + [Part(left, 1, True)] * bool(left)
 
     def thicker(d: int, part: Part, most: int) -> Part:
         """Returns blocks of several positions instead of one, if their number divides `count`."""
@@ -300,8 +306,6 @@ def _blocks(
         n = max(n for n in range(1, max(most, 1) + 1) if part.count % n == 0)
         blocks = [read(d, {a: p + i for a, (p, _) in reads.items()}) for i in range(n)]
         return Part(tuple(blocks), part.count // n, part.rest)
-
-    found = []
 
     def build(chosen: dict[int, Part], most: int, rest: bool) -> None:
         if len(chosen) < len(axes):

@@ -131,13 +131,13 @@ class Tuning:
       row_positions: the most positions of a row of the cotangent whose products are summed up in
         one block, as a whole.
       split_positions: the most neighbouring positions in blocks of a longer row. With 28, the
-        gradients of eight layers compile to 1.15 times as many lines of HLO, and take 0.96 to 1.07
-        times as long. With 14 for rows of 28, too, they take 1.16 and 1.5 times as long on 1 and
-        8 images of 28x28x192: each rest of a row is one more loop. Layers for this and the next:
-        'MobileNetV2-*'.
-      rest_positions: the most positions of what equal blocks leave of an image. Their partial sums
-        are few, and compile time grows with the products. With 2 instead of 4, eleven gradients
-        take 1.05 times as long, with 7 as long as with 4.
+        gradients of eight layers compile to 1.15 times as many lines of HLO and take 0.96 to 1.06
+        times as long; with 9, those of eleven compile to 0.91 times as many and take 0.91 to 1.25
+        times as long. If rows of 28 are split too, a 3x3 kernel compiles to 0.7 times as many, but
+        1 and 8 images of 28x28x192 take 1.4 and 1.3 times as long. Layers: 'MobileNetV2-*'.
+      rest_positions: the most positions in blocks of what equal blocks leave of an image. It is
+        few products, and each block less is a partial sum less. With 5, the gradients of nine
+        layers compile to 1.03 times as many lines and take as long. Layers: 'MobileNetV2-*'.
       row_taps: the most taps of a row of the kernel whose gradients one pass computes otherwise.
         Layers for these and the next: 'MobileNetV3-*' 'ConvNeXtTiny-*'.
       row_products: about how many products such a pass has: taps times positions of the cotangent.
