@@ -253,13 +253,12 @@ def _blocks(
     # For each dimension {tap: the positions of the cotangent for which it reads inside}.
     own = [
         {
-            a: found
+            a: some
             for a in range(n)
-            if (found := inside(at + a * axis.stride, axis.rhs_dilation, axis.kernel, axis.size))
+            if (some := inside(at + a * axis.stride, axis.rhs_dilation, axis.kernel, axis.size))
         }
         for at, n, axis in zip(first, taps, axes, strict=True)
     ]
-
     found: list[Block] = []
 
     def read(d: int, positions: Mapping[int, int]) -> dict[int, tuple[int, int]]:
@@ -270,6 +269,7 @@ def _blocks(
         }
 
     def one_by_one(d: int, own: Mapping[int, range]) -> Reads:
+        """Returns {tap: positions of the cotangent} as `Reads`."""
         every = sorted({p for positions in own.values() for p in positions})
         return tuple(read(d, {a: p for a, of in own.items() if p in of}) for p in every)
 
@@ -289,7 +289,7 @@ def _blocks(
             most = 1
         every = min(map(len, own[d].values()))
         width = min(range(-(-most // 2), most + 1), key=lambda width: (every % width, -width))
-        # In as many blocks as there are of the part before, it is summed up along with that.
+        # Where a rest has as many blocks as what was found before it, one loop sums up both.
         alike = every // max(found[-1].counts) if rest and found else 0
         if 1 <= alike <= most:
             width = alike
