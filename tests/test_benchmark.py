@@ -385,6 +385,13 @@ def test_the_tables():
     assert "- forward, spread, medians: ours 1.25, PyTorch 1.25, flax.linen 1.25" in lines
 
 
+def test_the_readme_has_the_table_of_the_committed_run():
+    root = pathlib.Path(__file__).parents[1]
+    found = report.Report(json.loads((root / ".github" / "speed.json").read_text()))
+    table, _, _ = report.summary(found).partition("\n\n")
+    assert table in (root / "README.md").read_text()
+
+
 def test_the_tables_of_sequences():
     found = document()
     found |= {"modes": ["forward", "step-1"], "networks": [], "peers": ["torch", "shifts"]}
