@@ -116,7 +116,7 @@ class Taps:
         all phases share; None, where each phase makes its own.
       counts: how many phases there are along each dimension.
       phases: all of them, the last dimension fastest.
-      images: how many images are convolved at once; the batch is a loop over them.
+      images: how many images are convolved at a time, in a loop over the batch; 0: all at once.
       parallel: as `parallel_loops` in `Tuning`.
     """
 
@@ -187,7 +187,7 @@ def choose(
         effort.region_taps,
         "an image in phases" if interleaved else f"{elements} elements",
     )
-    images = examples
+    images = 0
     # In a loop, an input gradient in phases takes up to twice as long: (4, 63, 63, 162), 5x5,
     # stride 2. With several filters, the padded image is small beside the result.
     if divisible and not (exchanged or interleaved or broadcast):
