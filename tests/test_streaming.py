@@ -449,7 +449,7 @@ ERRORS = [
         lambda: causal_conv1d(X[..., :2], K),
         ValueError,
         "`x` and `kernel` must have the same number of channels, got (2, 6, 2) with the channels "
-        "on axis -1 and a `kernel` of shape (3, 3, 1).",
+        "on axis -1 and a `kernel` of shape (3, 3, 1) with the channels on its last axis but one.",
     ),
     (
         lambda: causal_conv1d(X, K.astype("f2"), segment_ids=np.zeros((2, 6), int)),
