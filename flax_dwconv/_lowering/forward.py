@@ -47,9 +47,8 @@ def convolve(x: jax.Array, kernel: jax.Array, taps: plan.Taps) -> jax.Array:
 def _piece_by_piece(x: jax.Array, kernel: jax.Array, taps: plan.Taps) -> jax.Array:
     """Convolves some images at a time: padded copies and tiles are as large as these need.
 
-    A block of 32 MB and more, which glibc takes from the system for each call and gives back, costs
-    more than the convolution: each of its pages is mapped and cleared again. Smaller copies stay
-    in the cache too.
+    From 32 MiB on, glibc takes a block of memory from the system in each call and gives it back. To
+    map and clear its pages takes longer than the convolution itself.
     """
     outs = [axis.out for axis in taps.axes]
     shape = (x.shape[0], kernel.shape[0], *outs, x.shape[-1])

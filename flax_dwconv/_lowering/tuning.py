@@ -103,13 +103,13 @@ class Tuning:
       whole_image_tile_taps: from as many taps on, tiles are taken where no tap reads outside the
         image, so that nothing has to be padded. Tiles then take 0.2 to 0.9 of the time that single
         outputs take for 27 to 50 taps, 0.6 to 1.2 for 16 to 25, 0.8 to 4.7 for 11 and fewer.
-      tile_outputs: the most neighbouring outputs of a row that are computed together; with more,
-        LLVM runs out of registers. Layers: 'ConvNeXtTiny-*'.
+      tile_outputs: the most neighbouring outputs of a row that are computed together. Compile time
+        grows with them. Layers: 'ConvNeXtTiny-*'.
       batch_temporaries: from as many elements of padded images and tiles on, 24 MiB, a batch is a
         loop over some of its images. From 32 MiB on, glibc maps each block anew: for 32 images of
         34x34x178 and a 7x7 kernel, the loop takes 0.3 of the time. Below, it takes 0.9 to 1.4.
       loop_temporaries: the most elements of them in one pass of that loop, 8 MiB, if the batch
-        divides so. With 2 to 16 MiB, it takes about as long.
+        divides so. With 2 MiB, seven forward passes of 7x7 and 9x9 kernels took as long.
       row_outputs: rows of at most as many outputs are computed as a whole. Layer:
         'ConvNeXtTiny-4'.
       exchanged_rows_elements: from as many elements on, image and kernel may exchange their roles
