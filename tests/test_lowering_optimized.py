@@ -253,6 +253,32 @@ def test_pointwise_products(name, dtype):
     check(lowered.compile()(*args), [a[lead] for a in (y, dx, dk)], dtype)
 
 
+def test_pointwise_products_transpose_no_image():
+    """But for a kernel gradient, whose sum runs over the rows of both operands."""
+    x, kernel, g = jnp.ones((4, 12, 12, 96)), jnp.ones((1, 1, 96, 64)), jnp.ones((4, 12, 12, 64))
+
+    def conv(x, kernel):
+        dims = ("NHWC", "HWIO", "NHWC")
+        return lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=dims)
+
+    steps = {
+        "forward": (conv, x, kernel),
+        "input gradient": (
+            lambda kernel, g: jax.vjp(lambda x: conv(x, kernel), x)[1](g),
+            kernel,
+            g,
+        ),
+        "kernel gradient": (lambda x, g: jax.vjp(lambda k: conv(x, k), kernel)[1](g), x, g),
+    }
+    found = {}
+    for name, (f, *args) in steps.items():
+        text = compiled(accelerate(f, pointwise=True)).lower(*args).compile().as_text()
+        assert "convolution(" not in text
+        found[name] = text.count(" transpose("), text.count(" copy(")
+    assert found["forward"] == found["input gradient"] == (0, 0), found
+    assert max(found["kernel gradient"]) <= 1, found
+
+
 def test_the_default_level_is_restored():
     """Code at the default level is more than twice as fast; measured: 7 to 10 times."""
     x, kernel = jnp.ones((1, 56, 56, 64)), jnp.ones((5, 5, 64, 1))

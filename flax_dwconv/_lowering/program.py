@@ -51,6 +51,8 @@ def cached(
         return None
     if isinstance(plan.algorithm, plans.Planes | plans.PlanesGradient):
         return _in_planes(convolution, plan)
+    if isinstance(plan.algorithm, plans.Product) and plan.groups == 1:
+        return _pointwise(convolution, plan, plan.algorithm, precision)
     lhs_spec, rhs_spec, out_spec = (operand.spec for operand in convolution.operands)
     grouped = 0 if convolution.batch_groups > 1 else 1  # the batch or the features of `lhs`
     depthwise = not isinstance(plan.algorithm, plans.Product | plans.Patches | plans.Overlap)
@@ -84,6 +86,23 @@ def cached(
     return jax.jit(compute)
 
 
+def _pointwise(
+    convolution: plans.Convolution, plan: plans.Plan, algorithm: plans.Product, precision: Any
+) -> Program:
+    """Returns the program of a matrix product, whose operands and result stay in their order."""
+    names = []
+    for operand, pair in zip(convolution.operands, ("nq", "mq", "nm"), strict=True):
+        of_spec = [*pair, *range(len(operand.spec) - 2)]
+        names.append([of_spec[operand.spec.index(d)] for d in range(len(of_spec))])
+
+    def compute(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        x, kernel = x.astype(plan.accumulator), kernel.astype(plan.accumulator)
+        y = product.multiply(x, kernel, algorithm, precision, names)
+        return y.astype(convolution.out.dtype)
+
+    return jax.jit(compute)
+
+
 def _in_planes(convolution: plans.Convolution, plan: plans.Plan) -> Program:
     """Returns the program of a convolution whose channels come before space."""
     algorithm: Any = plan.algorithm
@@ -111,7 +130,9 @@ def _algorithm(x: jax.Array, kernel: jax.Array, algorithm: Any, precision: Any) 
     """Returns `(n, m, *outs, c)` of `(n, q, *sizes, c)` and `(m, q, *kernels, c)`."""
     match algorithm:
         case plans.Product():
-            return product.multiply(x, kernel, algorithm, precision)
+            spatial = range(len(algorithm.axes))
+            names = [[*pair, *spatial, "c"] for pair in ("nq", "mq", "nm")]
+            return product.multiply(x, kernel, algorithm, precision, names)
         case plans.Patches():
             return patches.multiply(x, kernel, algorithm, precision)
         case plans.Overlap():
