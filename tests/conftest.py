@@ -67,7 +67,7 @@ def much_effort(monkeypatch):
     """Small convolutions are compiled as large ones are, in what is jitted in the test."""
     from flax_dwconv._lowering import tuning
 
-    always = dict(all_taps_elements=0, unrolled_bodies_elements=0)
+    always = dict(padded_elements=0, one_by_one_elements=0, unrolled_bodies_elements=0)
     efforts = (dataclasses.replace(tuning.TUNING.efforts[-1], elements=0),)
     constants = dataclasses.replace(tuning.TUNING, efforts=efforts, **always)
     monkeypatch.setattr(tuning, "TUNING", constants)

@@ -253,10 +253,10 @@ TRANSFORMATIONS = {
 # The algorithms for large images and kernels, on small ones: their limits are lowered to these.
 ALGORITHMS = {
     "as is": {},
-    "regions": {"efforts": (tuning.Effort(0, 400, 1),), "all_taps_elements": 0, "padded_taps": 0},
+    "regions": {"efforts": (tuning.Effort(0, 400, 1),), "padded_taps": 0},
     "padded taps": {"efforts": (tuning.Effort(0, 400, 1),), "padded_taps": 99},
     "padded": {"efforts": (tuning.Effort(0, 0, 1),)},
-    "short rows": {"efforts": (tuning.Effort(0, 0, 999),), "all_taps_elements": 0},
+    "short rows": {"efforts": (tuning.Effort(0, 0, 999),)},
     "tiles": {"efforts": (tuning.Effort(0, 0, 999),), "row_outputs": 0, "tile_outputs": 3},
     "wide tiles": {"efforts": (tuning.Effort(0, 0, 999),), "row_outputs": 0},
     "image by image": {
@@ -270,13 +270,21 @@ ALGORITHMS = {
         "batch_temporaries": 0,
         "loop_temporaries": 1000,
     },
-    "all taps": {
-        "all_taps_elements": 0,
+    "not padded": {"padded_elements": 0, "short_row_products": 0, "unrolled_products": 20},
+    "one by one": {"padded_elements": 0, "one_by_one_elements": 0},
+    "one by one, in blocks": {
+        "padded_elements": 0,
+        "one_by_one_elements": 0,
         "row_positions": 4,
         "split_positions": 3,
         "positions_together": 1,
     },
-    "rows unrolled": {"efforts": (tuning.Effort(0, 0, 999),), "unrolled_bodies_elements": 0},
+    "rows unrolled": {
+        "efforts": (tuning.Effort(0, 0, 999),),
+        "padded_elements": 0,
+        "one_by_one_elements": 0,
+        "unrolled_bodies_elements": 0,
+    },
     "loops": {
         "efforts": (tuning.Effort(0, 0, 1),),
         "unrolled_taps": 5,
@@ -294,7 +302,7 @@ ALGORITHMS = {
         "efforts": (tuning.Effort(0, 8, 20),),
         "unrolled_bodies": 0,
         "row_positions": 4,
-        "split_positions": 3,
+        "moving_products": 20,
     },
 }
 # Every sum of products is exact: below 2 / eps.

@@ -21,17 +21,21 @@ TUNINGS = {
     "large": dataclasses.replace(
         tuning.TUNING,
         efforts=(tuning.Effort(0, region_taps=400, products=350),),
-        all_taps_elements=0,
+        padded_elements=0,
+        one_by_one_elements=0,
         unrolled_bodies_elements=0,
+    ),
+    "middling": dataclasses.replace(
+        tuning.TUNING, padded_elements=0, short_row_products=0, unrolled_bodies=99
     ),
     "short blocks": dataclasses.replace(
         tuning.TUNING,
-        all_taps_elements=0,
+        padded_elements=0,
         unrolled_bodies_elements=0,
         row_products=8,
         row_positions=4,
-        split_positions=3,
-        rest_positions=2,
+        unrolled_products=20,
+        rest_products=2,
     ),
     "small passes": dataclasses.replace(
         tuning.TUNING,
@@ -359,7 +363,7 @@ def test_a_kernel_larger_than_the_image_is_exchanged():
     ("sizes", "passes", "loop"),
     [
         (dict(n=8, size=56, c=144, k=3), 1, False),
-        (dict(n=1, size=28, c=32, k=3), 3, False),
+        (dict(n=1, size=28, c=32, k=3), 1, False),
         (dict(n=8, size=56, c=96, k=5), 5, False),
         (dict(n=1, size=14, c=32, k=5), 5, True),
         (dict(n=1, size=34, c=2, k=31), 31 * 4, True),
@@ -476,7 +480,7 @@ def test_the_quick_layers_of_the_benchmark():
         )
     assert found == {
         "MobileNetV1-1/1": ("Regions", "Regions", "all", "unrolled"),
-        "MobileNetV1-7/1": ("Regions", "Regions", "rows", "unrolled"),
+        "MobileNetV1-7/1": ("Regions", "Regions", "all", "unrolled"),
         "MobileNetV1-9/32": ("Regions", "Regions", "all", "unrolled"),
         "MobileNetV2-1/1": ("Regions", "Regions", "all", "unrolled"),
         "MobileNetV2-2/8": ("Regions", "Regions", "all", "unrolled"),

@@ -22,7 +22,7 @@ from jax import lax
 
 import flax_dwconv
 from flax_dwconv import depthwise_conv2d
-from flax_dwconv._lowering import program, workarounds
+from flax_dwconv._lowering import program, tuning, workarounds
 
 ROOT = pathlib.Path(flax_dwconv.__file__).parents[1]
 HAS_SMALL_CALLS = jax.__version_info__ >= (0, 12)
@@ -146,7 +146,7 @@ def test_loops_are_parallel(mode, with_and_without):
 DUMP = """
 import jax, jax.numpy as jnp
 from jax import lax
-from flax_dwconv._lowering import sums, workarounds
+from flax_dwconv._lowering import sums, tuning, workarounds
 
 def computed_once(x):
     return workarounds.computed_once(jnp.floor(x) * 2)
@@ -169,6 +169,20 @@ def grown_together(x, w):
 def not_waiting(x, w):
     workarounds.after = lambda y, others: y
     return grown_together(x, w)
+
+def reduced(taps, positions):
+    def f(x, g):
+        windows = [lax.slice_in_dim(x, a, a + positions, axis=1) for a in range(taps)]
+        return sums.along([lax.mul(window, g) for window in windows], 1)
+
+    f.__name__ = f.__qualname__ = f"reduced_{taps}_{positions}"
+    return f
+
+for taps in 2, 3, 5, 7, 9:
+    limit = tuning.TUNING.unrolled_products // (taps + 1)
+    for positions in limit, limit + limit // 4 + 1:
+        x, g = jnp.ones((4, positions + taps - 1, 256)), jnp.ones((4, positions, 256))
+        jax.jit(reduced(taps, positions)).lower(x, g).compile()
 
 x, w = jnp.ones((8, 1024)), jnp.ones((4, 8, 1024))
 for f, args in [(computed_once, [x]), (divided, [x]), (grown_together, [x, w]),
@@ -221,6 +235,17 @@ def test_one_loop_is_vectorised_and_the_copies_are_gone(llvm):
     assert re.search(r"llvm\.maximum", given)
     assert not re.search(r"llvm\.maximum", made)
     assert re.search(r"fmul[^\n]*<\d+ x float>", made)
+
+
+@pytest.mark.parametrize("taps", [2, 3, 5, 7, 9])
+def test_a_reduce_of_few_products_is_vectorised(llvm, taps):
+    """At the limit that the plan keeps, and no longer with a fourth more."""
+    limit = tuning.TUNING.unrolled_products // (taps + 1)
+    found = [
+        bool(re.search(r"fmul[^\n]*<\d+ x float>", llvm(f"reduced_{taps}_{positions}", "with")))
+        for positions in (limit, limit + limit // 4 + 1)
+    ]
+    assert found == [True, False]
 
 
 def test_every_trick_names_its_tests():

@@ -78,19 +78,29 @@ def _taps(
       gradient: the plan.
     """
     tail = g.shape[len(gradient.taps) + 1 :]
-    added: dict[tuple[int, ...], list[jax.Array]] = {}
-    for _, alike in itertools.groupby(sorted(blocks, key=_counts), _counts):
-        for tap, y in _loop(read, g, list(alike), gradient).items():
-            added.setdefault(tap, []).append(y)
-    zeros = [jnp.zeros(tail, g.dtype)]
-    parts = [added.get(tap, zeros) for tap in itertools.product(*map(range, gradient.taps))]
-    y = jnp.stack([functools.reduce(lax.add, some) for some in parts])
+    zeros = jnp.zeros(tail, g.dtype)
+    every = list(itertools.product(*map(range, gradient.taps)))
+    parts = []
+    for _, alike in itertools.groupby(sorted(blocks, key=_sizes), _sizes):
+        found = _loop(read, g, list(alike), gradient)
+        parts.append(jnp.stack([found.get(tap, zeros) for tap in every]))
+    y = functools.reduce(lax.add, parts) if parts else jnp.zeros((len(every), *tail), g.dtype)
     return y.reshape(*gradient.taps, *tail)
 
 
-def _counts(block: plan.Block) -> list[int]:
-    """Returns what blocks have in common whose products are summed up in one loop."""
-    return sorted(block.counts, reverse=True)
+def _sizes(block: plan.Block) -> tuple[int, list[int]]:
+    """Returns what blocks have in common whose products are summed up in one loop.
+
+    Returns:
+      Where in their shape the dimension is that one `reduce` sums up, or -1; and the shape but for
+      examples and channels.
+    """
+    sizes, d = list(block.counts), block.along
+    if d is None:
+        return -1, sizes
+    sizes.insert(d + 1, len(block.reads[d]))
+    # XLA gives a dimension of size 1 any place in the layout, and then copies what is summed up.
+    return sum(n > 1 for n in sizes[: d + 1]), [n for n in sizes if n > 1]
 
 
 def _loop(
@@ -104,37 +114,59 @@ def _loop(
     What is left of the rows and what is left of the columns may be as many blocks along one
     dimension as along another. A loop for each takes longer than its few products.
     """
-    shape = (g.shape[0], *blocks[0].counts, *g.shape[len(gradient.taps) + 1 :])
-    products = itertools.chain(*[_products(read, g, block, shape) for block in blocks])
+    axis, sizes = _sizes(blocks[0])
+    examples = g.shape[:1] if axis < 0 or g.shape[0] > 1 else ()
+    sizes = [*examples, *sizes]
+    products = itertools.chain(*[_products(read, g, block, sizes) for block in blocks])
     taps = itertools.product(*map(range, gradient.taps))
     outputs: dict[tuple[int, ...], sums.Terms] = {tap: {} for tap in taps}
     for i, of in enumerate(products):
         for tap, product in of.items():
             outputs[tap][i // gradient.positions_together, i] = product
     outputs = {tap: terms for tap, terms in outputs.items() if terms}
-    summed = sums.together(list(outputs.values()), gradient.row_by_row, shape, g.dtype)
-    axes = range(1 + len(gradient.taps))
-    return {tap: y.sum(axes) for tap, y in zip(outputs, summed, strict=True)}
+    shape = (*sizes, *g.shape[len(gradient.taps) + 1 :])
+    if axis < 0:
+        summed = sums.together(list(outputs.values()), gradient.row_by_row, shape, g.dtype)
+    else:
+        axis += len(examples)
+        terms = [sums.tree(terms, shape, g.dtype) for terms in outputs.values()]
+        summed = sums.along(terms, axis)
+        sizes = sizes[1:]
+    return {tap: y.sum(range(len(sizes))) for tap, y in zip(outputs, summed, strict=True)}
 
 
 def _products(
-    read: windows.Reader, g: jax.Array, block: plan.Block, shape: tuple[int, ...]
+    read: windows.Reader, g: jax.Array, block: plan.Block, sizes: Sequence[int]
 ) -> Iterator[dict[tuple[int, ...], jax.Array]]:
-    """Yields for each position of a block {tap: the products of all such blocks, of this shape}."""
-    steps = [len(reads) for reads in block.reads]
+    """Yields for each position of a block {tap: the products of all such blocks}.
+
+    Args:
+      read: as in `_taps`.
+      g: as in `_taps`.
+      block: the blocks. Where one `reduce` sums up the positions of a dimension, the product is of
+        all of them.
+      sizes: the shape of the products but for channels.
+    """
+    rank = len(block.counts) + 1
+    reads, counts, apart = list(block.reads), list(block.counts), list(block.apart)
+    steps = [len(of) for of in reads]
+    if (d := block.along) is not None:
+        counts[d], apart[d], steps[d] = counts[d] * steps[d], apart[d] // steps[d], 1
+        reads[d] = reads[d][:1]
+    shape = (*sizes, *g.shape[rank:])
 
     @functools.cache
     def image(at: tuple[int, ...]) -> jax.Array:
-        y = read(at, block.counts, block.apart)
-        return windows.repeated(lax.reshape(y, (*shape[: y.ndim - 1], y.shape[-1])), shape)
+        y = read(at, counts, apart)
+        return windows.repeated(lax.reshape(y, (*sizes, *y.shape[rank:])), shape)
 
     @functools.cache
     def cotangent(at: tuple[int, ...]) -> jax.Array:
-        return lax.reshape(windows.window(g, at, block.counts, steps), shape)
+        return lax.reshape(windows.window(g, at, counts, steps), shape)
 
-    for reads in itertools.product(*block.reads):
+    for position in itertools.product(*reads):
         found = {}
-        for dims in itertools.product(*[of.items() for of in reads]):
+        for dims in itertools.product(*[of.items() for of in position]):
             tap, places = zip(*dims, strict=True)
             p, t = zip(*places, strict=True)
             found[tap] = lax.mul(image(t), cotangent(p))

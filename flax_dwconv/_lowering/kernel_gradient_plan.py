@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from flax_dwconv._lowering.axis import Axis, inside
 from flax_dwconv._lowering.tuning import Tuning
@@ -22,11 +22,14 @@ class Block:
       counts: how many such blocks follow one another along each dimension.
       apart: along each dimension, the distance of one block to the next, in positions of the image.
         In positions of the cotangent it is the length of `reads`.
+      along: the dimension along which all taps have the same number of neighbouring positions,
+        which one `reduce` sums up; None if the products are summed up one by one.
     """
 
     reads: tuple[Reads, ...]
     counts: tuple[int, ...]
     apart: tuple[int, ...]
+    along: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +39,32 @@ class Part:
     Attributes:
       reads: as in `Block`.
       count: as in `counts` of `Block`.
-      rest: whether it is what the equal blocks leave.
+      reduced: whether one `reduce` sums up the positions of a block.
     """
 
     reads: Reads
     count: int
-    rest: bool
+    reduced: bool
+
+    @property
+    def products(self) -> int:
+        """Returns how many products a block has, for each product of the other dimensions."""
+        return sum(map(len, self.reads))
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """How much of a row one block may hold.
+
+    Attributes:
+      positions: the most positions of a row whose products are compiled one by one as a whole.
+      large: whether the image is as large as `one_by_one_elements` in `Tuning`.
+      unrolled: as `unrolled_products` in `Tuning`.
+    """
+
+    positions: int
+    large: bool
+    unrolled: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,22 +156,20 @@ def choose(
     # (11, 1) kernel had 11 passes of one tap each, and on 4 images of 56x56x64 its gradient took
     # 25 ms, that of a (1, 11) kernel 0.7 ms.
     along = max(range(len(axes)), key=lambda d: (axes[d].out, d))
-    axes, longest, crop = list(axes), axes[along], None
-    if longest.edge_taps * min(longest.out, tuning.row_taps) > 2 * tuning.row_products:
-        # Too many to be left out one by one, as with a large dilation: they read zeros.
-        first, sizes = [0 for _ in axes], [axis.size for axis in axes]
-        first[along], sizes[along] = -longest.low, longest.reach
-        crop = tuple(first), tuple(sizes)
-        axes[along] = longest = dataclasses.replace(longest, size=longest.reach, low=0)
+    longest = axes[along]
     elements = examples * math.prod(axis.size for axis in axes) * channels
-
-    taps, positions, why = _share(axes, along, elements, tuning)
+    large = elements >= tuning.one_by_one_elements
+    taps, positions, why = _share(axes, along, tuning)
+    limits = Limits(positions, large, tuning.unrolled_products)
     grid = [-(-axis.out // n) for axis, n in zip(axes, taps, strict=True)]
     apart = [n * axis.stride for axis, n in zip(axes, taps, strict=True)]
-    first = [-axis.low for axis in axes]
     passes = math.prod(grid)
 
-    def result(blocks: Sequence[tuple[Block, ...]], loop: Loop | None) -> KernelGradient:
+    def result(
+        blocks: Sequence[tuple[Block, ...]],
+        crop: tuple[tuple[int, ...], tuple[int, ...]] | None,
+        loop: Loop | None,
+    ) -> KernelGradient:
         return KernelGradient(
             exchanged=exchanged,
             crop=crop,
@@ -162,45 +183,49 @@ def choose(
         )
 
     if _is_unrolled(passes, passes * taps[along] * longest.kernel, elements, tuning):
-        starts = [range(f, n * gap + f, gap) for f, n, gap in zip(first, grid, apart, strict=True)]
+        crop, of_passes = None, list(axes)
+        many = longest.edge_taps * min(longest.out, tuning.row_taps) > 2 * tuning.row_products
+        if many or elements < tuning.padded_elements:
+            # All taps have the same positions, as some read zeros: nothing is left of the blocks.
+            crop = tuple(-axis.low for axis in axes), tuple(axis.reach for axis in axes)
+            of_passes = [dataclasses.replace(axis, size=axis.reach, low=0) for axis in axes]
+        starts = [
+            range(-axis.low, n * gap - axis.low, gap)
+            for axis, n, gap in zip(of_passes, grid, apart, strict=True)
+        ]
         corners = itertools.product(*starts)
-        blocks = [_blocks(axes, at, taps, along, positions, tuning) for at in corners]
+        blocks = [_blocks(of_passes, at, taps, along, limits, tuning) for at in corners]
         # The partial sums of all passes are in memory at the same time. With several filters, they
         # are as large as so many cotangents.
         partial = sum(math.prod(taps) * math.prod(block.counts) for of in blocks for block in of)
         few = partial <= tuning.partial_sums * math.prod(axis.kernel for axis in axes)
         if filters == 1 or few:
-            return result(blocks, None), f"{why}; passes one by one: {passes}"
+            return result(blocks, crop, None), f"{why}; passes one by one: {passes}"
+    first, start = [-axis.low for axis in axes], [0 for _ in axes]
     extent = [dataclasses.replace(axis, out=n).reach for axis, n in zip(axes, taps, strict=True)]
     reach = [(n - 1) * gap + e for n, gap, e in zip(grid, apart, extent, strict=True)]
-    start = [0 for _ in axes]
-    if grid[along] == 1 and longest.kernel <= positions:
+    limits = Limits(positions, large, tuning.moving_products)
+    if grid[along] == 1 and _one_by_one(longest.kernel, taps[along], limits, tuning):
         # Each pass reads the whole of the image along this dimension at once, which needs no pads.
         start[along], first[along] = first[along], 0
         extent[along] = reach[along] = longest.size
-    else:
-        positions = tuning.split_positions
     inner = [dataclasses.replace(axis, size=e) for axis, e in zip(axes, extent, strict=True)]
-    blocks = _blocks(inner, start, taps, along, positions, tuning)
+    blocks = _blocks(inner, start, taps, along, limits, tuning)
     loop = Loop(tuple(first), tuple(reach), tuple(apart), tuning.parallel_loops)
-    return result([blocks], loop), f"{why}; passes in a loop: {passes}"
+    return result([blocks], None, loop), f"{why}; passes in a loop: {passes}"
 
 
-def _share(
-    axes: Sequence[Axis], along: int, elements: int, tuning: Tuning
-) -> tuple[list[int], int, str]:
+def _share(axes: Sequence[Axis], along: int, tuning: Tuning) -> tuple[list[int], int, str]:
     """Returns how many taps of each dimension one pass has, and of how many positions; and why.
 
     Args:
       axes: the geometry.
       along: the dimension with the most taps.
-      elements: of the image.
       tuning: the constants.
     """
     taps = [axis.out for axis in axes]
     few_outside = all(axis.edge_taps <= axis.out for axis in axes)
-    large = elements >= tuning.all_taps_elements
-    if math.prod(taps) <= tuning.all_taps and large and few_outside:
+    if math.prod(taps) <= tuning.all_taps and few_outside:
         return taps, tuning.row_positions, "all taps in one pass"
     pieces = -(-taps[along] // tuning.row_taps)
     piece = -(-taps[along] // pieces)
@@ -229,14 +254,14 @@ def _blocks(
     first: Sequence[int],
     taps: Sequence[int],
     along: int,
-    positions: int,
+    limits: Limits,
     tuning: Tuning,
 ) -> tuple[Block, ...]:
     """Returns what one pass of a kernel gradient sums up.
 
     Along each dimension, each tap has its own positions of the cotangent: those for which it reads
     inside the image. Equal blocks hold as many of them as every tap has, and each tap counts from
-    the first of its own. What is left is a block of its own. When blocks had only the positions
+    the first of its own. What is left is in blocks of its own. When blocks had only the positions
     that all taps share, a 3x3 kernel on an image of 28x28 had 418 products; now it has 250.
 
     Args:
@@ -244,21 +269,11 @@ def _blocks(
       first: of each dimension, the position of the image that the first tap reads for the first
         position of the cotangent.
       taps: how many there are along each dimension.
-      along: the dimension with the most taps. A block has neighbouring positions along it, and all
-        positions or a single one along each other dimension.
-      positions: about how many positions of the cotangent one block has.
+      along: the dimension with the most taps, along which equal blocks have several positions.
+      limits: how many.
       tuning: the constants.
     """
     order = [*[d for d in range(len(axes)) if d != along], along]
-    # For each dimension {tap: the positions of the cotangent for which it reads inside}.
-    own = [
-        {
-            a: some
-            for a in range(n)
-            if (some := inside(at + a * axis.stride, axis.rhs_dilation, axis.kernel, axis.size))
-        }
-        for at, n, axis in zip(first, taps, axes, strict=True)
-    ]
     found: list[Block] = []
 
     def read(d: int, positions: Mapping[int, int]) -> dict[int, tuple[int, int]]:
@@ -268,59 +283,88 @@ def _blocks(
             a: (p, start + a * axis.stride + p * axis.rhs_dilation) for a, p in positions.items()
         }
 
-    def one_by_one(d: int, own: Mapping[int, range]) -> Reads:
-        """Returns {tap: positions of the cotangent} as `Reads`."""
+    def single(d: int, own: Mapping[int, range]) -> Part:
+        """Returns a single block of {tap: positions of the cotangent}."""
         every = sorted({p for positions in own.values() for p in positions})
-        return tuple(read(d, {a: p for a, of in own.items() if p in of}) for p in every)
+        reads = [read(d, {a: p for a, of in own.items() if p in of}) for p in every]
+        return Part(tuple(reads), 1, False)
 
-    def split(d: int, most: int, inner: int, rest: bool) -> list[Part]:
-        """Returns the parts of a dimension."""
-        whole = Part(one_by_one(d, own[d]), 1, rest)
-        if not whole.reads:
-            return []
-        if d == along:
-            most = max(min(most, tuning.rest_positions if rest else tuning.row_positions), 1)
-            if len(whole.reads) <= most:
-                return [whole]
-            most = min(most, tuning.split_positions)
-        else:
-            if len(whole.reads) * inner <= 2 * most:
-                return [whole]
-            most = 1
-        every = min(map(len, own[d].values()))
-        width = min(range(-(-most // 2), most + 1), key=lambda width: (every % width, -width))
-        # Where a rest has as many blocks as what was found before it, one loop sums up both.
-        alike = every // max(found[-1].counts) if rest and found else 0
-        if 1 <= alike <= most:
-            width = alike
-        count = every // width
-        if count < 2:
-            return [whole]
-        blocks = tuple(read(d, {a: of[i] for a, of in own[d].items()}) for i in range(width))
-        left = one_by_one(d, {a: of[count * width :] for a, of in own[d].items()})
-        return [Part(blocks, count, rest)] + [Part(left, 1, True)] * bool(left)
+    def split(d: int, others: int, main: bool) -> Iterator[Part]:
+        """Yields the parts of a dimension, first what every tap has.
 
-    def thicker(d: int, part: Part, most: int) -> Part:
-        """Returns blocks of several positions instead of one, if their number divides `count`."""
-        (reads,) = part.reads
-        n = max(n for n in range(1, max(most, 1) + 1) if part.count % n == 0)
-        blocks = [read(d, {a: p + i for a, (p, _) in reads.items()}) for i in range(n)]
-        return Part(tuple(blocks), part.count // n, part.rest)
+        Args:
+          d: the dimension.
+          others: how many products there are for each tap of this dimension.
+          main: whether every tap has what was chosen of the dimensions before.
+        """
+        at, axis = first[d], axes[d]
+        left = {
+            a: own
+            for a in range(taps[d])
+            if (own := inside(at + a * axis.stride, axis.rhs_dilation, axis.kernel, axis.size))
+        }
+        width, reduced = 1, False
+        if main and left:
+            whole, products = single(d, left), others * len(left)
+            inner = math.prod(axes[e].kernel for e in order[order.index(d) + 1 :])
+            if d == along:
+                if _one_by_one(len(whole.reads), products, limits, tuning):
+                    yield whole
+                    return
+                width, reduced = _width(left.values(), products, limits, tuning)
+            elif limits.large and len(whole.reads) * inner <= 2 * limits.positions:
+                yield whole
+                return
+        while left:
+            count = min(map(len, left.values())) // width
+            reads = [read(d, {a: own[i] for a, own in left.items()}) for i in range(width)]
+            yield Part(tuple(reads), count, reduced)
+            left = {a: own[count * width :] for a, own in left.items() if len(own) > count * width}
+            if sum(map(len, left.values())) <= tuning.rest_products:
+                break
+            width, reduced = 1, False
+        if left:
+            yield single(d, left)
 
-    def build(chosen: dict[int, Part], most: int, rest: bool) -> None:
-        if len(chosen) < len(axes):
-            d, *others = order[len(chosen) :]
-            inner = math.prod(axes[other].kernel for other in others)
-            for part in split(d, most, inner, rest):
-                build(chosen | {d: part}, most // len(part.reads), rest or part.rest)
+    def build(chosen: dict[int, Part], main: bool) -> None:
+        if len(chosen) == len(axes):
+            parts = [chosen[d] for d in range(len(axes))]
+            if main:
+                add(parts, along if parts[along].reduced else None)
+            else:
+                add_rest(parts)
             return
-        if rest:  # few products, whose partial sums should be few too
-            most = tuning.rest_positions // math.prod(len(part.reads) for part in chosen.values())
-            for d in order[:-1]:
-                if chosen[d].count > 1:
-                    chosen[d] = thicker(d, chosen[d], most)
-                    most //= len(chosen[d].reads)
-        parts = [chosen[d] for d in range(len(axes))]
+        d = order[len(chosen)]
+        others = math.prod(part.products for part in chosen.values())
+        for i, part in enumerate(split(d, others, main)):
+            build(chosen | {d: part}, main and i == 0)
+
+    def add_rest(parts: list[Part]) -> None:
+        """Adds few products: those of several blocks along the dimension with the most of them."""
+        d = max(range(len(parts)), key=lambda d: parts[d].count)
+        part, gap = parts[d], axes[d].rhs_dilation
+        width, reduced = 1, False
+        if len(part.reads) == 1:
+            products = math.prod(part.products for part in parts)
+            few = Limits(1, False, limits.unrolled)
+            width, reduced = _width([range(part.count)], products, few, tuning)
+        if not reduced:
+            add(parts, None)
+            return
+        full = part.count - part.count % width
+        for start, size, count in (0, width, full // width), (full, part.count - full, 1):
+            if size:
+                reads = [
+                    {a: (p + i, t + i * gap) for a, (p, t) in part.reads[0].items()}
+                    for i in range(start, start + size)
+                ]
+                parts[d] = Part(tuple(reads), count, True)
+                add(parts, d)
+
+    def add(parts: Sequence[Part], reduced: int | None) -> None:
+        outputs = math.prod(len(set().union(*part.reads)) for part in parts)
+        if outputs == 1 or reduced is not None and len(parts[reduced].reads) == 1:
+            reduced = None  # XLA would make one sum of two: of this one and that of all blocks
         found.append(
             Block(
                 reads=tuple(part.reads for part in parts),
@@ -329,8 +373,52 @@ def _blocks(
                     len(part.reads) * axis.rhs_dilation
                     for part, axis in zip(parts, axes, strict=True)
                 ),
+                along=reduced,
             )
         )
 
-    build({}, positions, False)
+    build({}, True)
     return tuple(found)
+
+
+def _one_by_one(row: int, products: int, limits: Limits, tuning: Tuning) -> bool:
+    """Whether the products of a whole row are compiled one by one.
+
+    Args:
+      row: how many positions it has.
+      products: at each position.
+      limits: what a block may hold.
+      tuning: the constants.
+    """
+    short = row * products <= tuning.short_row_products
+    return row <= limits.positions and (limits.large or short)
+
+
+def _width(
+    own: Collection[range], products: int, limits: Limits, tuning: Tuning
+) -> tuple[int, bool]:
+    """Returns how many neighbouring positions equal blocks have, and whether a `reduce` adds them.
+
+    Args:
+      own: the positions of each tap.
+      products: at each position.
+      limits: what a block may hold.
+      tuning: the constants.
+    """
+    every = min(map(len, own))
+    most = every if every <= limits.positions else min(limits.positions, tuning.split_positions)
+    unrolled = limits.unrolled // (products + 1) if products > 1 and not limits.large else 0
+    alone = every == max(map(len, own))
+
+    def cost(choice: tuple[int, bool]) -> tuple[int, int]:
+        """In partial sums of a tap: there is one for each block."""
+        width, reduced = choice
+        left = every % width
+        one_by_one = 0 if reduced or limits.large else tuning.one_by_one_cost
+        # Where all taps have as many positions, what is left is the only loop besides this one.
+        rest = 2 * left + (tuning.rest_cost if alone and left else 0)
+        return every // width + rest + one_by_one, -width
+
+    choices = [(width, False) for width in range(1, max(most, 1) + 1)]
+    choices += [(width, True) for width in range(2, min(unrolled, tuning.row_positions, every) + 1)]
+    return min(choices, key=cost)

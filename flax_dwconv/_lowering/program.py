@@ -77,9 +77,13 @@ def cached(
             y = y.reshape(*y.shape[:-2], -1)
         order = [(0,), (y.ndim - 1, 1), *[(i,) for i in range(2, y.ndim - 1)]]
         at = sorted(range(len(order)), key=out_spec.__getitem__)
-        y = lax.transpose(y, [d for i in at for d in order[i]])
+        # XLA gives a dimension of size 1 any place in the layout, and then copies the result.
+        places = [d for i in at for d in order[i] if y.shape[d] > 1]
+        y = lax.squeeze(y, [d for d in range(y.ndim) if y.shape[d] == 1])
+        y = lax.transpose(y, [sorted(places).index(d) for d in places])
         y = y.reshape(convolution.out.shape)
-        if tricks:
+        # A kernel gradient ends in a concatenation or a loop, which XLA computes once anyway.
+        if tricks and not isinstance(plan.algorithm, plans.KernelGradient):
             y = workarounds.computed_once(y)
         return y.astype(convolution.out.dtype)
 

@@ -58,6 +58,23 @@ def together(
     return workarounds.one_loop(sums)
 
 
+def along(arrays: Sequence[jax.Array], axis: int) -> list[jax.Array]:
+    """Sums up each of several arrays along one axis, all in one loop over the other axes.
+
+    For XLA that is one operation, however many products it adds. LLVM unrolls it and then
+    vectorises the loop around it, over channels, if that makes at most about 300 instructions:
+    three for each product, an addition, a multiplication and a load. The plan keeps within that.
+    With one position more, the sum takes 2.5 to 4 times as long.
+
+    Args:
+      arrays: all of one shape; two or more. XLA would make the sum of a single array and one over
+        other axes after it a single sum, which does not vectorise.
+      axis: the axis.
+    """
+    zeros = tuple(jnp.zeros((), y.dtype) for y in arrays)
+    return list(lax.reduce(tuple(arrays), zeros, lambda a, b: tuple(map(lax.add, a, b)), (axis,)))
+
+
 def _row_by_row(outputs: Sequence[Terms], shape: tuple[int, ...], dtype: Any) -> list[jax.Array]:
     """Sums up the terms of each output so that all outputs grow together.
 

@@ -127,21 +127,42 @@ class Tuning:
       all_taps: the most taps of a kernel whose gradients are all computed in one pass of the inner
         loop, which reads image and cotangent once: on 8 images of 56x56x144, the gradient of a 3x3
         kernel takes 0.65 of the time. Layers: 'MobileNetV2-*'.
-      all_taps_elements: the fewest elements of the image for which that is done.
-      row_positions: the most positions of a row of the cotangent whose products are summed up in
-        one block, as a whole.
-      split_positions: the most neighbouring positions in blocks of a longer row. With 28, the
-        gradients of eight layers compile to 1.15 times as many lines of HLO and take 0.96 to 1.06
-        times as long; with 9, those of eleven compile to 0.91 times as many and take 0.91 to 1.25
-        times as long. If rows of 28 are split too, a 3x3 kernel compiles to 0.7 times as many, but
-        1 and 8 images of 28x28x192 take 1.4 and 1.3 times as long. Layers: 'MobileNetV2-*'.
-      rest_positions: the most positions in blocks of what equal blocks leave of an image. It is
-        few products, and each block less is a partial sum less. With 5, the gradients of nine
-        layers compile to 1.03 times as many lines and take as long. Layers: 'MobileNetV2-*'.
       row_taps: the most taps of a row of the kernel whose gradients one pass computes otherwise.
         Layers for these and the next: 'MobileNetV3-*' 'ConvNeXtTiny-*'.
-      row_products: about how many products such a pass has: taps times positions of the cotangent.
-        Compile time grows with them.
+      row_products: about how many products of a whole row are compiled one by one in such a pass:
+        taps times positions of the cotangent. Compile time grows with them.
+      padded_elements: with fewer elements, the image of a kernel gradient is padded, even if its
+        passes are no loop. Then nothing is left over of rows and columns: eight 3x3 layers compile
+        to 0.4 to 0.8 times as many lines of HLO, and take 0.7 to 1.3 times as long.
+      one_by_one_elements: from as many elements on, each product of a kernel gradient is an
+        operation of its own. With fewer, one `reduce` sums up neighbouring positions, see
+        `sums.along`. Gradients of fifteen layers of fewer elements compile in 0.7 of the time so,
+        3x3 kernels in 0.3 to 0.5 of it, and take 1.0 to 1.8 times as long, 1.15 in the mean. Of
+        more elements they would take 0.6 to 2.8 times as long, 1.2 in the mean of eighteen: there
+        are more partial sums. Layers: 'MobileNetV2-*'.
+      row_positions: the most positions of a row of the cotangent whose products are compiled one
+        by one as a whole, or summed up by one `reduce`.
+      split_positions: the most neighbouring positions in blocks of a longer row, one by one. With
+        28, the gradients of eight layers compile to 1.15 times as many lines of HLO and take 0.96
+        to 1.06 times as long; with 9, those of eleven compile to 0.91 times as many and take 0.91
+        to 1.25 times as long. If rows of 28 are split too, a 3x3 kernel compiles to 0.7 times as
+        many, but 1 and 8 images of 28x28x192 take 1.4 and 1.3 times as long.
+      short_row_products: a row of at most as many products is compiled one by one in any case.
+        Without that, ten layers, of 6 to 20 positions a row, compile in 0.87 of the time and take
+        0.8 to 1.8 times as long, 1.12 in the mean.
+      unrolled_products: one `reduce` sums up so many products of positions and taps plus one. LLVM
+        does not vectorise what has more: see `sums.along`, and
+        `test_a_reduce_of_few_products_is_vectorised`.
+      moving_products: the same where the passes are a loop. A window whose place is known only when
+        the program runs has more instructions: with 98, the gradients of 9x9 kernels took 3 times
+        as long.
+      rest_products: of what equal blocks leave of a row or column, so many products are one block.
+      rest_cost: what is left of a row where all taps have as many positions is a loop of its own.
+        Blocks have the width for which their number, twice the positions that are left, and this
+        for the loop are least.
+      one_by_one_cost: what counts against products one by one in the same choice. So rows of 28
+        are blocks of 7, but rows of 13 and 26 blocks of 13, one by one: with 12 and 1 or 2 left,
+        7x7 kernels took 2.6 and 3.4 times as long.
       positions_together: the sums of all taps grow together, by so many positions of the cotangent
         at a time.
       unrolled_bodies: the most passes of a kernel gradient that are compiled one by one. More are a
@@ -203,10 +224,16 @@ class Tuning:
     loop_products: int = 128
     outputs_row_by_row: int = 4
     all_taps: int = 9
-    all_taps_elements: int = 1 << 17
+    padded_elements: int = 1 << 18
+    one_by_one_elements: int = 1 << 19
     row_positions: int = 28
-    rest_positions: int = 4
     split_positions: int = 14
+    short_row_products: int = 64
+    unrolled_products: int = 98
+    moving_products: int = 66
+    rest_products: int = 16
+    rest_cost: int = 4
+    one_by_one_cost: int = 6
     row_taps: int = 8
     row_products: int = 150
     positions_together: int = 4
@@ -231,9 +258,8 @@ ELSEWHERE = Tuning(
     efforts=(Effort(0, region_taps=0, products=1),),
     loop_outputs=1,
     all_taps=0,
+    padded_elements=0,
     row_positions=1,
-    rest_positions=1,
-    split_positions=1,
     row_taps=1,
     row_products=1,
     unrolled_bodies=64,
