@@ -279,6 +279,11 @@ ALGORITHMS = {
         "split_positions": 3,
         "positions_together": 1,
     },
+    "gradients of some images at a time": {
+        "batch_temporaries": 0,
+        "gradient_temporaries": 0,
+        "gradient_loop_temporaries": 1000,
+    },
     "rows unrolled": {
         "efforts": (tuning.Effort(0, 0, 999),),
         "padded_elements": 0,

@@ -3,6 +3,7 @@
 Operands are small integers in floating point, so that every order of summation gives the same bits.
 """
 
+import dataclasses
 import functools
 import re
 import threading
@@ -13,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 import flax_dwconv
 from flax_dwconv import activations, depthwise_conv2d
@@ -697,3 +700,31 @@ def test_large_kernels_compile_a_loop():
         backward(x, kernel, g),
         jax.jit(vjp(slow))(x, kernel, g),
     )
+
+
+@pytest.mark.parametrize("wanted", ["forward", "gradients"])
+def test_some_images_at_a_time_in_a_shard_map(wanted, monkeypatch):
+    """A loop begins with zeros of the type that its sums have: varying over the mesh."""
+    constants = dataclasses.replace(
+        tuning.TUNING,
+        efforts=(tuning.Effort(0, region_taps=0, products=1),),
+        batch_temporaries=0,
+        loop_temporaries=0,
+        gradient_temporaries=0,
+        gradient_loop_temporaries=0,
+    )
+    monkeypatch.setattr(tuning, "TUNING", constants)
+    rng = np.random.default_rng(0)
+    x, kernel = integers(rng, (4, 6, 7, 5)), integers(rng, (1, 3, 3, 5, 1))
+    mesh = Mesh(jax.devices()[:1], ("data",))
+
+    def f(x, kernel, method="auto"):
+        conv = functools.partial(depthwise_conv2d, padding="same", method=method)
+        if wanted == "forward":
+            return conv(x, kernel[0])
+        return jax.grad(lambda kernel: (conv(x, kernel[0]) ** 2).sum())(kernel)
+
+    out = P("data")
+    mapped = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=(P("data"), P("data")), out_specs=out))
+    assert "stablehlo.while" in mapped.lower(x, kernel).as_text()
+    np.testing.assert_array_equal(mapped(x, kernel), f(x, kernel, "lax"))

@@ -63,7 +63,7 @@ def _piece_by_piece(x: jax.Array, kernel: jax.Array, taps: plan.Taps) -> jax.Arr
         results = _with_every_kernel(piece, kernel, taps).reshape(taps.images, *flat[1:])
         return lax.dynamic_update_slice_in_dim(y, results, first, axis=0)
 
-    y = lax.fori_loop(0, x.shape[0] // taps.images, step, jnp.zeros(flat, x.dtype))
+    y = lax.fori_loop(0, x.shape[0] // taps.images, step, windows.zeros(flat, x, kernel))
     return y.reshape(shape)
 
 

@@ -5,10 +5,12 @@ up first, for several taps of the kernel in one pass, which leaves a fraction of
 reduce.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,27 +32,86 @@ def kernel_gradient(x: jax.Array, g: jax.Array, gradient: plan.KernelGradient) -
       `(*outs, c)`.
     """
     if gradient.exchanged:
-        y = _passes(g, x, gradient)
+        y = _all_images(g, x, gradient)
         return lax.rev(y, range(y.ndim - 1))
-    return _passes(x, g, gradient)
+    return _all_images(x, g, gradient)
 
 
-def _passes(x: jax.Array, g: jax.Array, gradient: plan.KernelGradient) -> jax.Array:
-    """Computes the gradients pass by pass, and puts them in order."""
+@dataclasses.dataclass(frozen=True)
+class _Operands:
+    """What one pass reads.
+
+    Attributes:
+      image: reads the image, from the position that the pass counts from.
+      cotangent: reads the cotangent.
+      examples: how many there are of both.
+      tail: the shape of the cotangent after its spatial dimensions, `(c,)` or `(c, m)`.
+      dtype: of both.
+    """
+
+    image: windows.Reader
+    cotangent: windows.Reader
+    examples: int
+    tail: tuple[int, ...]
+    dtype: Any
+
+
+def _all_images(x: jax.Array, g: jax.Array, gradient: plan.KernelGradient) -> jax.Array:
+    """Sums up all images, some at a time: partial sums are as many as these need.
+
+    From 32 MiB on, glibc takes a block of memory from the system in each call and gives it back.
+    """
+    if not gradient.images:
+        return _passes(x, g, gradient, None)
+
+    def step(i: jax.Array, total: jax.Array) -> jax.Array:
+        i = workarounds.parallel(i) if gradient.parallel else i
+        return lax.add(total, _passes(x, g, gradient, i * gradient.images))
+
+    total = windows.zeros((*gradient.outs, *g.shape[1 + len(gradient.outs) :]), x, g)
+    return lax.fori_loop(0, x.shape[0] // gradient.images, step, total)
+
+
+def _passes(
+    x: jax.Array, g: jax.Array, gradient: plan.KernelGradient, first: jax.Array | None
+) -> jax.Array:
+    """Computes the gradients pass by pass, and puts them in order.
+
+    Args:
+      x: `(n, *sizes, c)`.
+      g: `(n, *kernels, c)`.
+      gradient: the plan.
+      first: the first of `gradient.images` images that are read; None for all.
+    """
+    rank = len(gradient.taps)
+    still = [0] * rank
+    cotangent = functools.partial(windows.window, g)
+    image = None
+    examples = g.shape[0]
+    if first is not None:
+        examples = gradient.images
+        cotangent = windows.moving_window(g, still, first, examples)
+        if gradient.crop is None and gradient.loop is None:
+            image = windows.moving_window(x, still, first, examples)
+        else:
+            x = lax.dynamic_slice_in_dim(x, first, examples)
     if gradient.crop is not None:
         x = windows.crop(x, *gradient.crop)
+    operands = functools.partial(
+        _Operands, cotangent=cotangent, examples=examples, tail=g.shape[rank + 1 :], dtype=g.dtype
+    )
     if gradient.loop is None:
-        read = functools.partial(windows.window, x)
-        y = jnp.stack([_taps(read, g, blocks, gradient) for blocks in gradient.blocks])
+        read = operands(image or functools.partial(windows.window, x))
+        y = jnp.stack([_taps(read, blocks, gradient) for blocks in gradient.blocks])
     else:
         loop, (blocks,) = gradient.loop, gradient.blocks
         x = windows.crop(x, loop.first, loop.reach)
 
         def step(i: jax.Array) -> jax.Array:
-            i = workarounds.parallel(i) if loop.parallel else i
+            i = workarounds.parallel(i) if gradient.parallel else i
             corner = windows.unravel(i, gradient.grid)
             start = [a * gap for a, gap in zip(corner, loop.apart, strict=True)]
-            return _taps(windows.moving_window(x, start), g, blocks, gradient)
+            return _taps(operands(windows.moving_window(x, start)), blocks, gradient)
 
         y = lax.map(step, jnp.arange(math.prod(gradient.grid)))
     grid, taps = gradient.grid, gradient.taps
@@ -64,28 +125,24 @@ def _passes(x: jax.Array, g: jax.Array, gradient: plan.KernelGradient) -> jax.Ar
 
 
 def _taps(
-    read: windows.Reader,
-    g: jax.Array,
-    blocks: Sequence[plan.Block],
-    gradient: plan.KernelGradient,
+    operands: _Operands, blocks: Sequence[plan.Block], gradient: plan.KernelGradient
 ) -> jax.Array:
     """Returns `(*taps, c)`: the gradients of the taps of one pass.
 
     Args:
-      read: the image, from the position that the pass counts from.
-      g: `(n, *kernels, c)`.
+      operands: what it reads.
       blocks: what is summed up.
       gradient: the plan.
     """
-    tail = g.shape[len(gradient.taps) + 1 :]
-    zeros = jnp.zeros(tail, g.dtype)
+    zeros = jnp.zeros(operands.tail, operands.dtype)
     every = list(itertools.product(*map(range, gradient.taps)))
     parts = []
     for _, alike in itertools.groupby(sorted(blocks, key=_sizes), _sizes):
-        found = _loop(read, g, list(alike), gradient)
+        found = _loop(operands, list(alike), gradient)
         parts.append(jnp.stack([found.get(tap, zeros) for tap in every]))
-    y = functools.reduce(lax.add, parts) if parts else jnp.zeros((len(every), *tail), g.dtype)
-    return y.reshape(*gradient.taps, *tail)
+    if not parts:
+        parts = [jnp.zeros((len(every), *operands.tail), operands.dtype)]
+    return functools.reduce(lax.add, parts).reshape(*gradient.taps, *operands.tail)
 
 
 def _sizes(block: plan.Block) -> tuple[int, list[int]]:
@@ -104,10 +161,7 @@ def _sizes(block: plan.Block) -> tuple[int, list[int]]:
 
 
 def _loop(
-    read: windows.Reader,
-    g: jax.Array,
-    blocks: Sequence[plan.Block],
-    gradient: plan.KernelGradient,
+    operands: _Operands, blocks: Sequence[plan.Block], gradient: plan.KernelGradient
 ) -> dict[tuple[int, ...], jax.Array]:
     """Returns for each tap `(c,)`: what some blocks add to its gradient, in one loop.
 
@@ -115,54 +169,52 @@ def _loop(
     dimension as along another. A loop for each takes longer than its few products.
     """
     axis, sizes = _sizes(blocks[0])
-    examples = g.shape[:1] if axis < 0 or g.shape[0] > 1 else ()
-    sizes = [*examples, *sizes]
-    products = itertools.chain(*[_products(read, g, block, sizes) for block in blocks])
+    examples = [operands.examples] if axis < 0 or operands.examples > 1 else []
+    sizes = examples + sizes
+    products = itertools.chain(*[_products(operands, block, sizes) for block in blocks])
     taps = itertools.product(*map(range, gradient.taps))
     outputs: dict[tuple[int, ...], sums.Terms] = {tap: {} for tap in taps}
     for i, of in enumerate(products):
         for tap, product in of.items():
             outputs[tap][i // gradient.positions_together, i] = product
     outputs = {tap: terms for tap, terms in outputs.items() if terms}
-    shape = (*sizes, *g.shape[len(gradient.taps) + 1 :])
+    shape, dtype = (*sizes, *operands.tail), operands.dtype
     if axis < 0:
-        summed = sums.together(list(outputs.values()), gradient.row_by_row, shape, g.dtype)
+        summed = sums.together(list(outputs.values()), gradient.row_by_row, shape, dtype)
     else:
         axis += len(examples)
-        terms = [sums.tree(terms, shape, g.dtype) for terms in outputs.values()]
+        terms = [sums.tree(terms, shape, dtype) for terms in outputs.values()]
         summed = sums.along(terms, axis)
         sizes = sizes[1:]
     return {tap: y.sum(range(len(sizes))) for tap, y in zip(outputs, summed, strict=True)}
 
 
 def _products(
-    read: windows.Reader, g: jax.Array, block: plan.Block, sizes: Sequence[int]
+    operands: _Operands, block: plan.Block, sizes: Sequence[int]
 ) -> Iterator[dict[tuple[int, ...], jax.Array]]:
     """Yields for each position of a block {tap: the products of all such blocks}.
 
     Args:
-      read: as in `_taps`.
-      g: as in `_taps`.
+      operands: what is read.
       block: the blocks. Where one `reduce` sums up the positions of a dimension, the product is of
         all of them.
       sizes: the shape of the products but for channels.
     """
-    rank = len(block.counts) + 1
     reads, counts, apart = list(block.reads), list(block.counts), list(block.apart)
     steps = [len(of) for of in reads]
     if (d := block.along) is not None:
         counts[d], apart[d], steps[d] = counts[d] * steps[d], apart[d] // steps[d], 1
         reads[d] = reads[d][:1]
-    shape = (*sizes, *g.shape[rank:])
+    shape = (*sizes, *operands.tail)
 
     @functools.cache
     def image(at: tuple[int, ...]) -> jax.Array:
-        y = read(at, counts, apart)
-        return windows.repeated(lax.reshape(y, (*sizes, *y.shape[rank:])), shape)
+        y = operands.image(at, counts, apart)
+        return windows.repeated(lax.reshape(y, (*sizes, *y.shape[len(at) + 1 :])), shape)
 
     @functools.cache
     def cotangent(at: tuple[int, ...]) -> jax.Array:
-        return lax.reshape(windows.window(g, at, counts, steps), shape)
+        return lax.reshape(operands.cotangent(at, counts, steps), shape)
 
     for position in itertools.product(*reads):
         found = {}

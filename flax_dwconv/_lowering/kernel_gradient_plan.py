@@ -75,13 +75,11 @@ class Loop:
       first: the first position of the image along each dimension that the first pass reads.
       reach: how many positions all passes read, pads included.
       apart: the distance of one pass to the next, in positions of the image.
-      parallel: as `parallel_loops` in `Tuning`.
     """
 
     first: tuple[int, ...]
     reach: tuple[int, ...]
     apart: tuple[int, ...]
-    parallel: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +97,8 @@ class KernelGradient:
       row_by_row: how the taps of a pass are summed up, see `sums.together`.
       positions_together: as in `Tuning`.
       loop: the loop, or None if the passes are compiled one by one.
+      images: how many images are summed up at a time, in a loop over the batch; 0: all at once.
+      parallel: as `parallel_loops` in `Tuning`.
     """
 
     exchanged: bool
@@ -110,6 +110,8 @@ class KernelGradient:
     row_by_row: bool
     positions_together: int
     loop: Loop | None
+    images: int
+    parallel: bool
 
 
 def suits(axes: Sequence[Axis]) -> bool:
@@ -136,7 +138,12 @@ def allows(axes: Sequence[Axis]) -> bool:
 
 
 def choose(
-    examples: int, axes: Sequence[Axis], channels: int, tuning: Tuning, filters: int = 1
+    examples: int,
+    axes: Sequence[Axis],
+    channels: int,
+    tuning: Tuning,
+    filters: int = 1,
+    divisible: bool = False,
 ) -> tuple[KernelGradient, str]:
     """Returns the algorithm for the kernel gradient of one image and cotangent, and why.
 
@@ -147,10 +154,54 @@ def choose(
       channels: of image and cotangent.
       tuning: the constants.
       filters: for each channel.
+      divisible: whether the batch may be a loop: no device has a part of it only.
     """
     exchanged = any(axis.lhs_dilation > 1 for axis in axes)
     if exchanged:
         axes = [axis.swapped() for axis in axes]
+    gradient, why = _choose(examples, axes, channels, exchanged, False, tuning, filters)
+    # The cotangent is mostly an expression, whose value is in memory besides.
+    cotangent = channels * math.prod(axis.kernel for axis in axes)
+    temporaries = channels * _temporaries(gradient)
+    many = examples * temporaries >= tuning.gradient_temporaries
+    large = examples * (cotangent + temporaries) >= tuning.batch_temporaries
+    if divisible and filters == 1 and examples > 1 and many and large:
+        gradient, why = _choose(examples, axes, channels, exchanged, True, tuning, filters)
+        each = channels * _temporaries(gradient)
+        at_once = [n for n in range(2, examples) if n * each < tuning.gradient_loop_temporaries]
+        images = max([n for n in at_once if examples % n == 0], default=1)
+        gradient = dataclasses.replace(gradient, images=images)
+        why += f", {images} of {examples} images at a time"
+    return gradient, why
+
+
+def _temporaries(gradient: KernelGradient) -> int:
+    """Returns how many elements are in memory besides the operands, of one image and channel."""
+    padded = gradient.crop[1] if gradient.crop else gradient.loop.reach if gradient.loop else (0,)
+    partial = sum(_partial_sums(gradient.taps, blocks) for blocks in gradient.blocks)
+    return math.prod(padded) + partial
+
+
+def _choose(
+    examples: int,
+    axes: Sequence[Axis],
+    channels: int,
+    exchanged: bool,
+    moving: bool,
+    tuning: Tuning,
+    filters: int,
+) -> tuple[KernelGradient, str]:
+    """Returns the algorithm, and why, for axes whose roles are exchanged, if they are.
+
+    Args:
+      examples: as in `choose`.
+      axes: the geometry.
+      channels: as in `choose`.
+      exchanged: as in `KernelGradient`.
+      moving: whether it is for some images at a time.
+      tuning: the constants.
+      filters: as in `choose`.
+    """
     # A pass takes neighbouring taps along one dimension, since they share what they read. It is the
     # dimension with the most taps, `out`, and the last of equals. When it was the last of all, an
     # (11, 1) kernel had 11 passes of one tap each, and on 4 images of 56x56x64 its gradient took
@@ -158,9 +209,10 @@ def choose(
     along = max(range(len(axes)), key=lambda d: (axes[d].out, d))
     longest = axes[along]
     elements = examples * math.prod(axis.size for axis in axes) * channels
-    large = elements >= tuning.one_by_one_elements
+    large = elements >= tuning.one_by_one_elements and not moving
     taps, positions, why = _share(axes, along, tuning)
-    limits = Limits(positions, large, tuning.unrolled_products)
+    unrolled = tuning.moving_products if moving else tuning.unrolled_products
+    limits = Limits(positions, large, unrolled)
     grid = [-(-axis.out // n) for axis, n in zip(axes, taps, strict=True)]
     apart = [n * axis.stride for axis, n in zip(axes, taps, strict=True)]
     passes = math.prod(grid)
@@ -180,6 +232,8 @@ def choose(
             row_by_row=math.prod(taps) >= tuning.outputs_row_by_row,
             positions_together=tuning.positions_together,
             loop=loop,
+            images=0,
+            parallel=tuning.parallel_loops,
         )
 
     if _is_unrolled(passes, passes * taps[along] * longest.kernel, elements, tuning):
@@ -197,7 +251,7 @@ def choose(
         blocks = [_blocks(of_passes, at, taps, along, limits, tuning) for at in corners]
         # The partial sums of all passes are in memory at the same time. With several filters, they
         # are as large as so many cotangents.
-        partial = sum(math.prod(taps) * math.prod(block.counts) for of in blocks for block in of)
+        partial = sum(_partial_sums(taps, of) for of in blocks)
         few = partial <= tuning.partial_sums * math.prod(axis.kernel for axis in axes)
         if filters == 1 or few:
             return result(blocks, crop, None), f"{why}; passes one by one: {passes}"
@@ -211,8 +265,13 @@ def choose(
         extent[along] = reach[along] = longest.size
     inner = [dataclasses.replace(axis, size=e) for axis, e in zip(axes, extent, strict=True)]
     blocks = _blocks(inner, start, taps, along, limits, tuning)
-    loop = Loop(tuple(first), tuple(reach), tuple(apart), tuning.parallel_loops)
+    loop = Loop(tuple(first), tuple(reach), tuple(apart))
     return result([blocks], None, loop), f"{why}; passes in a loop: {passes}"
+
+
+def _partial_sums(taps: Sequence[int], blocks: Sequence[Block]) -> int:
+    """Returns how many partial sums a pass has for each channel of an image, at most."""
+    return math.prod(taps) * sum(math.prod(block.counts) for block in blocks)
 
 
 def _share(axes: Sequence[Axis], along: int, tuning: Tuning) -> tuple[list[int], int, str]:
@@ -410,14 +469,14 @@ def _width(
     unrolled = limits.unrolled // (products + 1) if products > 1 and not limits.large else 0
     alone = every == max(map(len, own))
 
-    def cost(choice: tuple[int, bool]) -> tuple[int, int]:
+    def cost(choice: tuple[int, bool]) -> tuple[int, bool, int]:
         """In partial sums of a tap: there is one for each block."""
         width, reduced = choice
         left = every % width
         one_by_one = 0 if reduced or limits.large else tuning.one_by_one_cost
         # Where all taps have as many positions, what is left is the only loop besides this one.
         rest = 2 * left + (tuning.rest_cost if alone and left else 0)
-        return every // width + rest + one_by_one, -width
+        return every // width + rest + one_by_one, not reduced, -width
 
     choices = [(width, False) for width in range(1, max(most, 1) + 1)]
     choices += [(width, True) for width in range(2, min(unrolled, tuning.row_positions, every) + 1)]

@@ -163,6 +163,12 @@ class Tuning:
       one_by_one_cost: what counts against products one by one in the same choice. So rows of 28
         are blocks of 7, but rows of 13 and 26 blocks of 13, one by one: with 12 and 1 or 2 left,
         7x7 kernels took 2.6 and 3.4 times as long.
+      gradient_temporaries: from as many elements of partial sums and padded images on, 4 MiB, a
+        kernel gradient is a loop over some images, if these and the cotangent have
+        `batch_temporaries`. Train steps of six layers, on images of 14 to 25 MB, took 0.45 to 0.9
+        of the time so: most of it was spent on mapping memory anew.
+      gradient_loop_temporaries: the most elements of them in one pass of that loop, 4 MiB, if the
+        batch divides so. With 8 MiB the same train steps took 0.88 to 1.9 times as long.
       positions_together: the sums of all taps grow together, by so many positions of the cotangent
         at a time.
       unrolled_bodies: the most passes of a kernel gradient that are compiled one by one. More are a
@@ -232,8 +238,10 @@ class Tuning:
     unrolled_products: int = 98
     moving_products: int = 66
     rest_products: int = 16
-    rest_cost: int = 4
-    one_by_one_cost: int = 6
+    rest_cost: int = 8
+    one_by_one_cost: int = 9
+    gradient_temporaries: int = 1 << 20
+    gradient_loop_temporaries: int = 1 << 20
     row_taps: int = 8
     row_products: int = 150
     positions_together: int = 4

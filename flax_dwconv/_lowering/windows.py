@@ -31,12 +31,16 @@ def window(
     return lax.slice(x, (0, *start, *zeros), (x.shape[0], *stop, *tail), (1, *steps, *ones))
 
 
-def moving_window(x: jax.Array, start: Sequence[Any]) -> Reader:
+def moving_window(
+    x: jax.Array, start: Sequence[Any], first: Any = 0, images: int | None = None
+) -> Reader:
     """Returns a function like `window` of `x`, whose positions count from `start`.
 
     Args:
       x: `(n, *sizes, c)`.
       start: a position of each spatial dimension, known when the program runs.
+      first: the first image, known when the program runs.
+      images: how many of them; None is all.
     """
     shifted = functools.cache(lambda d, a: start[d] + a)
 
@@ -44,8 +48,14 @@ def moving_window(x: jax.Array, start: Sequence[Any]) -> Reader:
         # A slice of its own for each window: XLA would copy one that they share.
         sizes = [(n - 1) * step + 1 for n, step in zip(counts, steps, strict=True)]
         corner = [shifted(d, a) for d, a in enumerate(at)]
-        sizes = (x.shape[0], *sizes, x.shape[-1])
-        y = lax.dynamic_slice(x, (0, *corner, 0), sizes, allow_negative_indices=False)
+        tail = x.shape[len(at) + 1 :]
+        at_once = x.shape[0] if images is None else images
+        y = lax.dynamic_slice(
+            x,
+            (first, *corner, *[0 for _ in tail]),
+            (at_once, *sizes, *tail),
+            allow_negative_indices=False,
+        )
         return window(y, [0] * len(at), counts, steps)
 
     return read
@@ -132,6 +142,18 @@ def weights_of(
         return lax.broadcast_in_dim(lax.squeeze(at[tap], [0]), shape, last)
 
     return weights
+
+
+def zeros(shape: Sequence[int], *operands: jax.Array) -> jax.Array:
+    """Returns zeros for a loop to begin with: in a `jax.shard_map`, they vary as its sums will.
+
+    Args:
+      shape: of the zeros.
+      operands: what the sums are of, all of one dtype.
+    """
+    corners = [lax.slice(y, [0] * y.ndim, [1] * y.ndim) for y in operands]
+    each = [lax.squeeze(lax.full_like(y, 0), range(y.ndim)) for y in corners]
+    return lax.broadcast(functools.reduce(lax.add, each), shape)
 
 
 def repeated(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
