@@ -39,6 +39,7 @@ CASES = {
     "3x3 valid": Case((2, 30, 30, 24), (3, 3, 24, 1)),  # one region
     "3x3 stride 2": Case((11, 112, 112, 2), (3, 3, 2, 1), 2, "same"),  # phases
     "3x3 stride 3 dilated": Case((2, 31, 33, 8), (3, 3, 8, 1), 3, ((2, 1), (0, 3)), 2),
+    "3x3, gradients in blocks, not padded": Case((4, 40, 40, 48), (3, 3, 48, 1), **SAME),
     "4x4 in regions": Case((1, 28, 28, 168), (4, 4, 168, 1), **SAME),
     "5x5 in regions": Case((11, 56, 56, 16), (5, 5, 16, 1), **SAME),  # rows unrolled
     "5x5 stride 2": Case((2, 28, 28, 24), (5, 5, 24, 1), 2, "same"),
@@ -65,6 +66,7 @@ LAYERS = {
     "ConvNeXt": Case((4, 56, 56, 96), (7, 7, 96, 1), **SAME),
     "ConvNeXt 4": Case((32, 7, 7, 768), (7, 7, 768, 1), **SAME),
     "ConvNeXt, 3 of 12 images at a time": Case((12, 56, 56, 96), (7, 7, 96, 1), **SAME),
+    "3x3, gradients of 2 of 16 images at a time": Case((16, 56, 56, 100), (3, 3, 100, 1), **SAME),
     "RepLKNet": Case((1, 56, 56, 32), (31, 31, 32, 1), **SAME),
     "Xception entry": Case((2, 147, 147, 64), (3, 3, 64, 2), **SAME),
     "dilated": Case((2, 65, 65, 64), (3, 3, 64, 1), 1, "same", 12),

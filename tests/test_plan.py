@@ -345,6 +345,30 @@ def test_a_large_batch_is_a_loop():
     assert planned(shared).algorithm.images == 0, "each device may have a part of the batch"
 
 
+@pytest.mark.parametrize(
+    ("n", "padded", "reduced"), [(1, True, True), (2, False, True), (4, False, False)]
+)
+def test_how_much_is_compiled_for_a_kernel_gradient(n, padded, reduced):
+    """Images of 40x40x120: padded, with a reduce; not padded; and product by product."""
+    algorithm = planned(kernel_gradient(n, size=40, c=120, k=3)).algorithm
+    assert (algorithm.crop is not None) == padded
+    main, *rest = algorithm.blocks[0]
+    assert (main.along is not None) == reduced and bool(rest) != padded
+
+
+def test_a_kernel_gradient_of_a_large_batch_is_a_loop():
+    """Its partial sums and the cotangent of 16 images of 56x56x100: 8.1 million elements."""
+    sizes = dict(size=56, c=100, k=3)
+    found = {n: planned(kernel_gradient(n, **sizes)).algorithm for n in (1, 4, 16, 17)}
+    assert [found[n].images for n in found] == [0, 0, 2, 1], "17 is prime"
+    assert found[16].blocks[0][0].along is not None, "the positions are one reduce"
+    assert found[4].blocks[0][0].along is None, "and one by one where there is no loop"
+    shared = dataclasses.replace(kernel_gradient(16, **sizes), partitioned=1)
+    assert planned(shared).algorithm.images == 0, "each device may have a part of the batch"
+    filters = kernel_gradient(16, size=56, c=50, k=3, m=2)
+    assert planned(filters).algorithm.images == 0
+
+
 def test_phases_of_a_strided_input_gradient():
     found = planned(input_gradient(size=28, k=3, stride=2))
     assert found.algorithm.counts == (2, 2) and len(found.algorithm.phases) == 4
