@@ -390,7 +390,27 @@ def test_the_readme_has_the_table_of_the_committed_run():
     root = pathlib.Path(__file__).parents[1]
     found = report.Report(json.loads((root / ".github" / "speed.json").read_text()))
     table, _, _ = report.summary(found).partition("\n\n")
-    assert table in (root / "README.md").read_text()
+    readme = (root / "README.md").read_text()
+    assert table in readme
+    over = {mode: np.exp(np.log(found.speedups(mode)).mean()) for mode in found.modes}
+    first = " ".join(readme.split("## ")[0].split())
+    assert f"{over['forward']['linen']:.0f} times as fast as `flax.linen.Conv`" in first
+    assert f"with its gradients {over['train']['linen']:.0f} times" in first
+    assert f"faster forward, with {over['forward']['torch']:.2f} of the time" in first
+    assert f"slower with gradients, with {over['train']['torch']:.2f} of it" in first
+
+
+def test_the_readme_has_the_networks_of_the_committed_run():
+    root = pathlib.Path(__file__).parents[1]
+    found = report.Report(json.loads((root / ".github" / "networks.json").read_text()))
+    cells = {
+        row[0]: row[1:6]
+        for line in (root / "README.md").read_text().splitlines()
+        if len(row := [cell.strip() for cell in line.strip("|").split("|")]) == 8
+    }
+    for line in report.networks(found).splitlines()[2:]:
+        name, *times = (cell.strip() for cell in line.strip("|").split("|"))
+        assert cells[name] == times[:5]
 
 
 def test_the_tables_of_sequences():

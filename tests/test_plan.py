@@ -353,7 +353,7 @@ def test_how_much_is_compiled_for_a_kernel_gradient(n, padded, reduced):
     algorithm = planned(kernel_gradient(n, size=40, c=120, k=3)).algorithm
     assert (algorithm.crop is not None) == padded
     main, *rest = algorithm.blocks[0]
-    assert (main.along is not None) == reduced and bool(rest) != padded
+    assert (main.reduced is not None) == reduced and bool(rest) != padded
 
 
 def test_a_kernel_gradient_of_a_large_batch_is_a_loop():
@@ -361,12 +361,21 @@ def test_a_kernel_gradient_of_a_large_batch_is_a_loop():
     sizes = dict(size=56, c=100, k=3)
     found = {n: planned(kernel_gradient(n, **sizes)).algorithm for n in (1, 4, 16, 17)}
     assert [found[n].images for n in found] == [0, 0, 2, 1], "17 is prime"
-    assert found[16].blocks[0][0].along is not None, "the positions are one reduce"
-    assert found[4].blocks[0][0].along is None, "and one by one where there is no loop"
+    assert found[16].blocks[0][0].reduced is not None, "the positions are one reduce"
+    assert found[4].blocks[0][0].reduced is None, "and one by one where there is no loop"
     shared = dataclasses.replace(kernel_gradient(16, **sizes), partitioned=1)
     assert planned(shared).algorithm.images == 0, "each device may have a part of the batch"
     filters = kernel_gradient(16, size=56, c=50, k=3, m=2)
     assert planned(filters).algorithm.images == 0
+
+
+@pytest.mark.parametrize(
+    ("examples", "each", "found"),
+    [(1, 10, 0), (12, 10, 6), (16, 30, 2), (7, 10, 1), (1009, 1, 0), (4, 1000, 1), (8, 0, 4)],
+)
+def test_how_many_images_at_a_time(examples, each, found):
+    """Below 80 elements in all; none of a prime number of small images."""
+    assert tuning.at_once(examples, each, 80) == found
 
 
 def test_phases_of_a_strided_input_gradient():

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from flax_dwconv._lowering.axis import Axis
-from flax_dwconv._lowering.tuning import Effort, Tuning
+from flax_dwconv._lowering.tuning import Effort, Tuning, at_once
 
 # For each dimension, what `Axis.phases` returns.
 Phases = Sequence[Sequence[tuple[range, Axis]]]
@@ -193,9 +193,8 @@ def choose(
     if divisible and not (exchanged or interleaved or broadcast):
         temporaries = channels * sum(map(_temporaries, chosen))
         if examples * temporaries >= tuning.batch_temporaries:
-            at_once = [n for n in range(2, examples) if n * temporaries < tuning.loop_temporaries]
-            images = max([n for n in at_once if examples % n == 0], default=1)
-            why += f", {images} of {examples} images at a time"
+            images = at_once(examples, temporaries, tuning.loop_temporaries)
+            why += f", {images} of {examples} images at a time" if images else ""
     parts = tuple(chosen)
     return Taps(exchanged, tuple(axes), crop, counts, parts, images, tuning.parallel_loops), why
 

@@ -57,9 +57,11 @@ class _Operands:
 
 
 def _all_images(x: jax.Array, g: jax.Array, gradient: plan.KernelGradient) -> jax.Array:
-    """Sums up all images, some at a time: partial sums are as many as these need.
+    """Sums up all images at once, or some at a time in a loop.
 
-    From 32 MiB on, glibc takes a block of memory from the system in each call and gives it back.
+    The partial sums of a large batch are large. From 32 MiB on, glibc takes a block of memory from
+    the system in each call and gives it back, and to map its pages takes longer than the sums: see
+    `gradient_temporaries` in `Tuning`.
     """
     if not gradient.images:
         return _passes(x, g, gradient, None)
@@ -152,7 +154,7 @@ def _sizes(block: plan.Block) -> tuple[int, list[int]]:
       Where in their shape the dimension is that one `reduce` sums up, or -1; and the shape but for
       examples and channels.
     """
-    sizes, d = list(block.counts), block.along
+    sizes, d = list(block.counts), block.reduced
     if d is None:
         return -1, sizes
     sizes.insert(d + 1, len(block.reads[d]))
@@ -165,8 +167,8 @@ def _loop(
 ) -> dict[tuple[int, ...], jax.Array]:
     """Returns for each tap `(c,)`: what some blocks add to its gradient, in one loop.
 
-    What is left of the rows and what is left of the columns may be as many blocks along one
-    dimension as along another. A loop for each takes longer than its few products.
+    What is left of the rows may be as many blocks, and of as many positions, as what is left of the
+    columns. Then one loop sums up both: a loop for each takes longer than its few products.
     """
     axis, sizes = _sizes(blocks[0])
     examples = [operands.examples] if axis < 0 or operands.examples > 1 else []
@@ -202,7 +204,7 @@ def _products(
     """
     reads, counts, apart = list(block.reads), list(block.counts), list(block.apart)
     steps = [len(of) for of in reads]
-    if (d := block.along) is not None:
+    if (d := block.reduced) is not None:
         counts[d], apart[d], steps[d] = counts[d] * steps[d], apart[d] // steps[d], 1
         reads[d] = reads[d][:1]
     shape = (*sizes, *operands.tail)

@@ -1,12 +1,13 @@
 """How the gradients of the taps of a kernel are shared out among passes, on integers alone."""
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from flax_dwconv._lowering.axis import Axis, inside
-from flax_dwconv._lowering.tuning import Tuning
+from flax_dwconv._lowering.tuning import Tuning, at_once
 
 # Of one dimension, products one by one: of each {tap: (the position of the cotangent, that of the
 # image)}, without the taps that read outside.
@@ -22,14 +23,14 @@ class Block:
       counts: how many such blocks follow one another along each dimension.
       apart: along each dimension, the distance of one block to the next, in positions of the image.
         In positions of the cotangent it is the length of `reads`.
-      along: the dimension along which all taps have the same number of neighbouring positions,
+      reduced: the dimension along which all taps have the same number of neighbouring positions,
         which one `reduce` sums up; None if the products are summed up one by one.
     """
 
     reads: tuple[Reads, ...]
     counts: tuple[int, ...]
     apart: tuple[int, ...]
-    along: int | None
+    reduced: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Limits:
     Attributes:
       positions: the most positions of a row whose products are compiled one by one as a whole.
       large: whether the image is as large as `one_by_one_elements` in `Tuning`.
-      unrolled: as `unrolled_products` in `Tuning`.
+      unrolled: as `unrolled_products` in `Tuning`; in a loop as `moving_products`.
     """
 
     positions: int
@@ -115,7 +116,7 @@ class KernelGradient:
 
 
 def suits(axes: Sequence[Axis]) -> bool:
-    """Whether it is one for `KernelGradient`: a small result of a large image and kernel.
+    """Whether a convolution is one for `KernelGradient`: a small result of large operands.
 
     Args:
       axes: the geometry; the "kernel" is the cotangent, and the outputs are the kernel's taps.
@@ -159,19 +160,23 @@ def choose(
     exchanged = any(axis.lhs_dilation > 1 for axis in axes)
     if exchanged:
         axes = [axis.swapped() for axis in axes]
-    gradient, why = _choose(examples, axes, channels, exchanged, False, tuning, filters)
+    elements = examples * math.prod(axis.size for axis in axes) * channels
+    shared_out = functools.partial(
+        _choose, axes=axes, elements=elements, exchanged=exchanged, tuning=tuning, filters=filters
+    )
+    gradient, why = shared_out(moving=False)
     # The cotangent is mostly an expression, whose value is in memory besides.
     cotangent = channels * math.prod(axis.kernel for axis in axes)
     temporaries = channels * _temporaries(gradient)
     many = examples * temporaries >= tuning.gradient_temporaries
     large = examples * (cotangent + temporaries) >= tuning.batch_temporaries
     if divisible and filters == 1 and examples > 1 and many and large:
-        gradient, why = _choose(examples, axes, channels, exchanged, True, tuning, filters)
-        each = channels * _temporaries(gradient)
-        at_once = [n for n in range(2, examples) if n * each < tuning.gradient_loop_temporaries]
-        images = max([n for n in at_once if examples % n == 0], default=1)
-        gradient = dataclasses.replace(gradient, images=images)
-        why += f", {images} of {examples} images at a time"
+        moving, _ = shared_out(moving=True)
+        each = channels * _temporaries(moving)
+        images = at_once(examples, each, tuning.gradient_loop_temporaries)
+        if images:
+            gradient = dataclasses.replace(moving, images=images)
+            why += f", {images} of {examples} images at a time"
     return gradient, why
 
 
@@ -183,22 +188,21 @@ def _temporaries(gradient: KernelGradient) -> int:
 
 
 def _choose(
-    examples: int,
+    *,
     axes: Sequence[Axis],
-    channels: int,
+    elements: int,
     exchanged: bool,
     moving: bool,
     tuning: Tuning,
     filters: int,
 ) -> tuple[KernelGradient, str]:
-    """Returns the algorithm, and why, for axes whose roles are exchanged, if they are.
+    """Returns the algorithm for all images at once, and why.
 
     Args:
-      examples: as in `choose`.
-      axes: the geometry.
-      channels: as in `choose`.
+      axes: the geometry, with the roles of image and cotangent exchanged if they are.
+      elements: of all images. What is decided by them is the same for all and for some at a time.
       exchanged: as in `KernelGradient`.
-      moving: whether it is for some images at a time.
+      moving: whether it is to be inside a loop over images, so that windows move.
       tuning: the constants.
       filters: as in `choose`.
     """
@@ -208,7 +212,6 @@ def _choose(
     # 25 ms, that of a (1, 11) kernel 0.7 ms.
     along = max(range(len(axes)), key=lambda d: (axes[d].out, d))
     longest = axes[along]
-    elements = examples * math.prod(axis.size for axis in axes) * channels
     large = elements >= tuning.one_by_one_elements and not moving
     taps, positions, why = _share(axes, along, tuning)
     unrolled = tuning.moving_products if moving else tuning.unrolled_products
@@ -329,7 +332,7 @@ def _blocks(
         position of the cotangent.
       taps: how many there are along each dimension.
       along: the dimension with the most taps, along which equal blocks have several positions.
-      limits: how many.
+      limits: how many positions and products one block may hold.
       tuning: the constants.
     """
     order = [*[d for d in range(len(axes)) if d != along], along]
@@ -432,7 +435,7 @@ def _blocks(
                     len(part.reads) * axis.rhs_dilation
                     for part, axis in zip(parts, axes, strict=True)
                 ),
-                along=reduced,
+                reduced=reduced,
             )
         )
 
@@ -474,7 +477,7 @@ def _width(
         width, reduced = choice
         left = every % width
         one_by_one = 0 if reduced or limits.large else tuning.one_by_one_cost
-        # Where all taps have as many positions, what is left is the only loop besides this one.
+        # If all taps have equally many positions, no other block shares the loop of what is left.
         rest = 2 * left + (tuning.rest_cost if alone and left else 0)
         return every // width + rest + one_by_one, not reduced, -width
 

@@ -82,7 +82,8 @@ def cached(
         y = lax.squeeze(y, [d for d in range(y.ndim) if y.shape[d] == 1])
         y = lax.transpose(y, [sorted(places).index(d) for d in places])
         y = y.reshape(convolution.out.shape)
-        # A kernel gradient ends in a concatenation or a loop, which XLA computes once anyway.
+        # A kernel gradient ends in a concatenation, a loop or additions of a few rows, which cost
+        # little if XLA computes them for each reader.
         if tricks and not isinstance(plan.algorithm, plans.KernelGradient):
             y = workarounds.computed_once(y)
         return y.astype(convolution.out.dtype)

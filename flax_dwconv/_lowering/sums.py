@@ -61,10 +61,10 @@ def together(
 def along(arrays: Sequence[jax.Array], axis: int) -> list[jax.Array]:
     """Sums up each of several arrays along one axis, all in one loop over the other axes.
 
-    For XLA that is one operation, however many products it adds. LLVM unrolls it and then
-    vectorises the loop around it, over channels, if that makes at most about 300 instructions:
-    three for each product, an addition, a multiplication and a load. The plan keeps within that.
-    With one position more, the sum takes 2.5 to 4 times as long.
+    For XLA that is one operation, however many products it adds. LLVM unrolls it, and then
+    vectorises the loop around it, over channels, if that makes at most about 300 instructions. The
+    plan keeps within that, see `unrolled_products` in `Tuning`. With more, a sum takes 2 to 4 times
+    as long.
 
     Args:
       arrays: all of one shape; two or more. XLA would make the sum of a single array and one over

@@ -108,8 +108,9 @@ class Tuning:
       batch_temporaries: from as many elements of padded images and tiles on, 24 MiB, a batch is a
         loop over some of its images. From 32 MiB on, glibc maps each block anew: for 32 images of
         34x34x178 and a 7x7 kernel, the loop takes 0.3 of the time. Below, it takes 0.9 to 1.4.
-      loop_temporaries: the most elements of them in one pass of that loop, 8 MiB, if the batch
-        divides so. With 2 MiB, seven forward passes of 7x7 and 9x9 kernels took as long.
+      loop_temporaries: fewer elements of them than this, 8 MiB, are in memory in one pass of that
+        loop, if the batch divides so. With 2 MiB, seven forward passes of 7x7 and 9x9 kernels took
+        as long.
       row_outputs: rows of at most as many outputs are computed as a whole. Layer:
         'ConvNeXtTiny-4'.
       exchanged_rows_elements: from as many elements on, image and kernel may exchange their roles
@@ -150,25 +151,26 @@ class Tuning:
       short_row_products: a row of at most as many products is compiled one by one in any case.
         Without that, ten layers, of 6 to 20 positions a row, compile in 0.87 of the time and take
         0.8 to 1.8 times as long, 1.12 in the mean.
-      unrolled_products: one `reduce` sums up so many products of positions and taps plus one. LLVM
-        does not vectorise what has more: see `sums.along`, and
-        `test_a_reduce_of_few_products_is_vectorised`.
-      moving_products: the same where the passes are a loop. A window whose place is known only when
-        the program runs has more instructions: with 98, the gradients of 9x9 kernels took 3 times
-        as long.
-      rest_products: of what equal blocks leave of a row or column, so many products are one block.
-      rest_cost: what is left of a row where all taps have as many positions is a loop of its own.
-        Blocks have the width for which their number, twice the positions that are left, and this
-        for the loop are least.
-      one_by_one_cost: what counts against products one by one in the same choice. So rows of 28
-        are blocks of 7, but rows of 13 and 26 blocks of 13, one by one: with 12 and 1 or 2 left,
-        7x7 kernels took 2.6 and 3.4 times as long.
+      unrolled_products: one `reduce` sums up at most n positions of m products each, such that
+        n * (m + 1) <= this: LLVM does not vectorise what has more. The rule was found by trying 2
+        to 9 products, see `test_a_reduce_of_few_products_is_vectorised`.
+      moving_products: the same inside a loop. A window whose place is known only when the program
+        runs has more instructions: with 98, the gradients of 9x9 kernels took 3 times as long.
+      rest_products: if at most so many positions of all taps are left of a row or column, they are
+        one block.
+      rest_cost: blocks have the width that costs least. The cost is counted in blocks: their
+        number, twice the positions that are left over, and this if positions are left over of a row
+        of which all taps have equally many. They would be the only loop besides this one.
+      one_by_one_cost: is added to that cost for a width whose products are not one `reduce`. So
+        rows of 28 are blocks of 7, but rows of 13 and 26 are blocks of 13, product by product: with
+        blocks of 12 and 1 or 2 positions left, 7x7 kernels took 2.6 and 3.4 times as long.
       gradient_temporaries: from as many elements of partial sums and padded images on, 4 MiB, a
         kernel gradient is a loop over some images, if these and the cotangent have
         `batch_temporaries`. Train steps of six layers, on images of 14 to 25 MB, took 0.45 to 0.9
         of the time so: most of it was spent on mapping memory anew.
-      gradient_loop_temporaries: the most elements of them in one pass of that loop, 4 MiB, if the
-        batch divides so. With 8 MiB the same train steps took 0.88 to 1.9 times as long.
+      gradient_loop_temporaries: fewer elements of them than this, 4 MiB, are in memory in one pass
+        of that loop, if the batch divides so. With 8 MiB the same train steps took 0.88 to 1.9
+        times as long.
       positions_together: the sums of all taps grow together, by so many positions of the cotangent
         at a time.
       unrolled_bodies: the most passes of a kernel gradient that are compiled one by one. More are a
@@ -255,6 +257,20 @@ class Tuning:
     plane_terms: int = 12
     partial_sums: float = 1.0
     parallel_loops: bool = True
+
+
+def at_once(examples: int, each: int, most: int) -> int:
+    """Returns how many images of a batch one pass of a loop should take, or 0 for no loop.
+
+    Args:
+      examples: images of the batch.
+      each: how many elements are in memory for one image.
+      most: below how many elements a pass should stay; a single image may have more.
+    """
+    fitting = max(min((most - 1) // max(each, 1), examples - 1), 1)
+    divisor = max(n for n in range(1, fitting + 1) if examples % n == 0)
+    # A prime number of small images would be a pass for each.
+    return divisor if examples > 1 and 8 * divisor >= fitting else 0
 
 
 # What is in use. Tests replace it: it is part of the key of the cache of programs.
