@@ -137,10 +137,10 @@ class Tuning:
         to 0.4 to 0.8 times as many lines of HLO, and take 0.7 to 1.3 times as long.
       one_by_one_elements: from as many elements on, each product of a kernel gradient is an
         operation of its own. With fewer, one `reduce` sums up neighbouring positions, see
-        `sums.along`. Gradients of fifteen layers of fewer elements compile in 0.7 of the time so,
-        3x3 kernels in 0.3 to 0.5 of it, and take 1.0 to 1.8 times as long, 1.15 in the mean. Of
-        more elements they would take 0.6 to 2.8 times as long, 1.2 in the mean of eighteen: there
-        are more partial sums. Layers: 'MobileNetV2-*'.
+        `sums.along`. Gradients of fourteen layers of fewer elements, 3x3 to 7x7, compile in 0.3 to
+        0.95 of the time so, 0.6 in the mean, and take 0.8 to 1.9 times as long, 1.24 in the mean.
+        Of more elements they would take 0.6 to 2.8 times as long, 1.2 in the mean of eighteen:
+        there are more partial sums. Layers: 'MobileNetV2-*'.
       row_positions: the most positions of a row of the cotangent whose products are compiled one
         by one as a whole, or summed up by one `reduce`.
       split_positions: the most neighbouring positions in blocks of a longer row, one by one. With
