@@ -63,7 +63,8 @@ def _piece_by_piece(x: jax.Array, kernel: jax.Array, taps: plan.Taps) -> jax.Arr
         results = _with_every_kernel(piece, kernel, taps).reshape(taps.images, *flat[1:])
         return lax.dynamic_update_slice_in_dim(y, results, first, axis=0)
 
-    y = lax.fori_loop(0, x.shape[0] // taps.images, step, windows.zeros(flat, x, kernel))
+    zeros = lax.full_like(x, 0, shape=flat)  # which vary in a `shard_map` as `x` does
+    y = lax.fori_loop(0, x.shape[0] // taps.images, step, zeros)
     return y.reshape(shape)
 
 

@@ -70,7 +70,8 @@ def _all_images(x: jax.Array, g: jax.Array, gradient: plan.KernelGradient) -> ja
         i = workarounds.parallel(i) if gradient.parallel else i
         return lax.add(total, _passes(x, g, gradient, i * gradient.images))
 
-    total = windows.zeros((*gradient.outs, *g.shape[1 + len(gradient.outs) :]), x, g)
+    shape = (*gradient.outs, *g.shape[1 + len(gradient.outs) :])
+    total = lax.full_like(g, 0, shape=shape)  # which varies in a `shard_map` as `g` does
     return lax.fori_loop(0, x.shape[0] // gradient.images, step, total)
 
 

@@ -232,6 +232,8 @@ class Tuning:
     loop_products: int = 128
     outputs_row_by_row: int = 4
     all_taps: int = 9
+    row_taps: int = 8
+    row_products: int = 150
     padded_elements: int = 1 << 18
     one_by_one_elements: int = 1 << 19
     row_positions: int = 28
@@ -244,8 +246,6 @@ class Tuning:
     one_by_one_cost: int = 9
     gradient_temporaries: int = 1 << 20
     gradient_loop_temporaries: int = 1 << 20
-    row_taps: int = 8
-    row_products: int = 150
     positions_together: int = 4
     unrolled_bodies: int = 3
     unrolled_bodies_large: int = 5

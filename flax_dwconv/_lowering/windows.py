@@ -144,18 +144,6 @@ def weights_of(
     return weights
 
 
-def zeros(shape: Sequence[int], *operands: jax.Array) -> jax.Array:
-    """Returns zeros for a loop to begin with: in a `jax.shard_map`, they vary as its sums will.
-
-    Args:
-      shape: of the zeros.
-      operands: what the sums are of, all of one dtype.
-    """
-    corners = [lax.slice(y, [0] * y.ndim, [1] * y.ndim) for y in operands]
-    each = [lax.squeeze(lax.full_like(y, 0), range(y.ndim)) for y in corners]
-    return lax.broadcast(functools.reduce(lax.add, each), shape)
-
-
 def repeated(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Returns `x`, or a copy for each filter if `shape` has one more dimension, `m`."""
     return x if x.shape == shape else lax.broadcast_in_dim(x, shape, range(x.ndim))
