@@ -7,8 +7,9 @@
 # layer have about the standard deviation of its inputs, whatever the number of channels.
 #
 # What happens: for a kernel (height, width, channels, multiplier) Keras counts height * width *
-# channels inputs. A depthwise result has height * width. So with 256 channels, results have 0.09 of
-# the standard deviation of the inputs, and with 1,024 channels 0.04. A dense layer keeps it.
+# channels as the inputs of a result. A depthwise result has only height * width. So with 256
+# channels, results have 0.09 of the standard deviation of the inputs, and with 1,024 channels 0.04.
+# A dense layer keeps the deviation.
 #
 # For depthwise convolutions: a few such layers without a normalization between them start with
 # results near 0 and train slowly. `VarianceScaling(1.0, "fan_out")` has the right count where the
@@ -27,7 +28,7 @@ print(f"keras {keras.__version__}, jax {jax.__version__}")
 
 
 def gain(layer, x):
-    """The standard deviation of a new layer's results, of inputs with 1."""
+    """The standard deviation of a new layer's results where that of its inputs is 1."""
     keras.utils.set_random_seed(0)
     return float(np.std(np.asarray(layer(x))))
 

@@ -149,7 +149,7 @@ def _taps(
 
 
 def _sizes(block: plan.Block) -> tuple[int, list[int]]:
-    """Returns what blocks have in common whose products are summed up in one loop.
+    """Returns what blocks must share for one loop to sum up their products.
 
     Returns:
       Where in their shape the dimension is that one `reduce` sums up, or -1; and the shape but for
@@ -199,8 +199,8 @@ def _products(
 
     Args:
       operands: what is read.
-      block: the blocks. Where one `reduce` sums up the positions of a dimension, the product is of
-        all of them.
+      block: the equal blocks. Where one `reduce` sums up positions of a dimension, one product
+        holds them all.
       sizes: the shape of the products but for channels.
     """
     reads, counts, apart = list(block.reads), list(block.counts), list(block.apart)

@@ -165,7 +165,7 @@ def choose(
         _choose, axes=axes, elements=elements, exchanged=exchanged, tuning=tuning, filters=filters
     )
     gradient, why = shared_out(moving=False)
-    # The cotangent is mostly an expression, whose value is in memory besides.
+    # The cotangent is usually computed, not an argument, so it takes memory too.
     cotangent = channels * math.prod(axis.kernel for axis in axes)
     temporaries = channels * _temporaries(gradient)
     many = examples * temporaries >= tuning.gradient_temporaries

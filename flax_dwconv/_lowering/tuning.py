@@ -158,18 +158,18 @@ class Tuning:
         runs has more instructions: with 98, the gradients of 9x9 kernels took 3 times as long.
       rest_products: if at most so many positions of all taps are left of a row or column, they are
         one block.
-      rest_cost: blocks have the width that costs least. The cost is counted in blocks: their
-        number, twice the positions that are left over, and this if positions are left over of a row
-        of which all taps have equally many. They would be the only loop besides this one.
+      rest_cost: blocks have the width that costs least, counted in blocks: their number, twice the
+        positions that are left over, and this constant if any are left over where all taps have
+        equally many. No other block would share their loop.
       one_by_one_cost: is added to that cost for a width whose products are not one `reduce`. So
         rows of 28 are blocks of 7, but rows of 13 and 26 are blocks of 13, product by product: with
         blocks of 12 and 1 or 2 positions left, 7x7 kernels took 2.6 and 3.4 times as long.
       gradient_temporaries: from as many elements of partial sums and padded images on, 4 MiB, a
         kernel gradient is a loop over some images, if these and the cotangent have
-        `batch_temporaries`. Train steps of six layers, on images of 14 to 25 MB, took 0.45 to 0.9
+        `batch_temporaries`. Train steps of six layers, on images of 14 to 25 MB, took 0.45 to 0.93
         of the time so: most of it was spent on mapping memory anew.
       gradient_loop_temporaries: fewer elements of them than this, 4 MiB, are in memory in one pass
-        of that loop, if the batch divides so. With 8 MiB the same train steps took 0.88 to 1.9
+        of that loop, if the batch divides so. With 8 MiB the same train steps took 0.8 to 1.9
         times as long.
       positions_together: the sums of all taps grow together, by so many positions of the cotangent
         at a time.
