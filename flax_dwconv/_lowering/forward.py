@@ -81,33 +81,37 @@ def _interleaved(x: jax.Array, kernel: jax.Array, taps: plan.Taps) -> jax.Array:
 
     def build(d: int, phases: Iterator[plan.Phase]) -> jax.Array:
         if d == len(taps.axes):
-            return _phase(x, kernel, next(phases), taps.exchanged)
+            return _phase(x, kernel, next(phases), taps)
         parts = [build(d + 1, phases) for _ in range(taps.counts[d])]
         return windows.interleave(parts, d + 1, taps.axes[d].out)
 
     return build(0, iter(taps.phases))
 
 
-def _phase(x: jax.Array, kernel: jax.Array, phase: plan.Phase, exchanged: bool) -> jax.Array:
-    kernel = kernel[tuple(slice(taps.start, taps.stop, taps.step) for taps in phase.taps)]
+def _phase(x: jax.Array, kernel: jax.Array, phase: plan.Phase, taps: plan.Taps) -> jax.Array:
+    kernel = kernel[tuple(slice(of.start, of.stop, of.step) for of in phase.taps)]
     match phase.algorithm:
         case plan.Zeros():
             outs = [axis.out for axis in phase.axes]
             return jnp.zeros((x.shape[0], *outs, *kernel.shape[len(outs) :]), x.dtype)
         case plan.Regions():
-            return _regions(x, kernel, phase.axes, phase.algorithm)
+            return _regions(x, kernel, phase.axes, phase.algorithm, taps.whole)
         case plan.Rows():
-            return _rows(x, kernel, phase.axes, phase.algorithm, exchanged)
+            return _rows(x, kernel, phase.axes, phase.algorithm, taps.exchanged)
         case plan.Tiles():
-            return _tiles(x, kernel, phase.axes, phase.algorithm, exchanged)
+            return _tiles(x, kernel, phase.axes, phase.algorithm, taps)
         case plan.Loop():
-            return _loop(x, kernel, phase.axes, phase.algorithm, exchanged)
+            return _loop(x, kernel, phase.axes, phase.algorithm, taps)
         case _:
             raise AssertionError(phase.algorithm)
 
 
 def _regions(
-    x: jax.Array, kernel: jax.Array, axes: Sequence[Axis], regions: plan.Regions
+    x: jax.Array,
+    kernel: jax.Array,
+    axes: Sequence[Axis],
+    regions: plan.Regions,
+    whole: bool,
 ) -> jax.Array:
     """One phase as regions, each the sum of those taps that read inside the image.
 
@@ -115,7 +119,7 @@ def _regions(
     Along the `padded` dimensions there are no regions; what the taps sum up to there is padded if
     some outputs read outside. LLVM makes a loop for each case, as for regions, from fewer taps.
     """
-    weights = windows.weights_of(kernel, len(axes))
+    weights = windows.weights_of(kernel, len(axes), whole)
     steps = [axis.stride for axis in axes]
     # The pads of the last dimension outermost: for a strided 3x3 kernel 0.95 of the time.
     dims = [d for d in range(len(axes)) if not regions.padded[d]]
@@ -237,11 +241,11 @@ class _Tiles:
         axes: Sequence[Axis],
         outputs: int,
         row_by_row: bool,
-        exchanged: bool,
+        taps: plan.Taps,
     ) -> None:
         *outs, last = [axis.out for axis in axes]
         self._axes, self._outputs, self._row_by_row = axes, outputs, row_by_row
-        self._exchanged = exchanged
+        self._exchanged, self._whole = taps.exchanged, taps.whole
         self._blocks = [*outs, -(-last // outputs)]
         self._steps = [axis.stride for axis in axes]
         self._steps[-1] *= outputs
@@ -274,7 +278,7 @@ class _Tiles:
             first of all.
         """
         images = functools.cache(lambda *at: window(at, self._blocks, self._steps))
-        weights = windows.weights_of(kernel, len(self._axes))
+        weights = windows.weights_of(kernel, len(self._axes), self._whole)
         apart = [axis.rhs_dilation for axis in self._axes]
         for i, terms in enumerate(outputs):
             for tap in itertools.product(*map(range, kernel.shape[: len(apart)])):
@@ -330,20 +334,20 @@ class _Tiles:
 
 
 def _tiles(
-    x: jax.Array, kernel: jax.Array, axes: Sequence[Axis], plan_: plan.Tiles, exchanged: bool
+    x: jax.Array, kernel: jax.Array, axes: Sequence[Axis], plan_: plan.Tiles, taps: plan.Taps
 ) -> jax.Array:
     """One phase in tiles, all taps one by one."""
-    tiles = _Tiles(x, kernel.shape[len(axes) :], axes, plan_.outputs, plan_.row_by_row, exchanged)
+    tiles = _Tiles(x, kernel.shape[len(axes) :], axes, plan_.outputs, plan_.row_by_row, taps)
     outputs: list[sums.Terms] = [{} for _ in range(plan_.outputs)]
     return tiles.join(tiles.add(outputs, functools.partial(windows.window, tiles.x), kernel))
 
 
 def _loop(
-    x: jax.Array, kernel: jax.Array, axes: Sequence[Axis], loop: plan.Loop, exchanged: bool
+    x: jax.Array, kernel: jax.Array, axes: Sequence[Axis], loop: plan.Loop, taps: plan.Taps
 ) -> jax.Array:
     """One phase in tiles, whose taps are loops: a kernel with many taps compiles in time."""
     tail = kernel.shape[len(axes) :]
-    tiles = _Tiles(x, tail, axes, loop.outputs, loop.row_by_row, exchanged)
+    tiles = _Tiles(x, tail, axes, loop.outputs, loop.row_by_row, taps)
     apart, zeros = [axis.rhs_dilation for axis in axes], [0 for _ in tail]
 
     def add_columns(outputs: list[jax.Array], columns: plan.Pass) -> list[jax.Array]:
@@ -353,11 +357,11 @@ def _loop(
             i = workarounds.parallel(i) if loop.parallel else i
             corner = windows.unravel(i, columns.grid)
             at = [j * n for j, n in zip(corner, columns.taps, strict=True)]
-            taps = lax.dynamic_slice(part, (*at, *zeros), (*columns.taps, *tail))
+            some = lax.dynamic_slice(part, (*at, *zeros), (*columns.taps, *tail))
             at[-1] += columns.start
             start = [a * gap for a, gap in zip(at, apart, strict=True)]
             window = windows.moving_window(tiles.x, start)
-            return tiles.add([{(): y} for y in outputs], window, taps, at)
+            return tiles.add([{(): y} for y in outputs], window, some, at)
 
         # Two passes in one. XLA writes the sums elsewhere than it reads them, and after a single
         # pass copies them back; of two, the second writes where the first read: 0.65 of the time.

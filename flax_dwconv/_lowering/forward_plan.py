@@ -117,6 +117,7 @@ class Taps:
       counts: how many phases there are along each dimension.
       phases: all of them, the last dimension fastest.
       images: how many images are convolved at a time, in a loop over the batch; 0: all at once.
+      whole: whether each device has all channels.
       parallel: as `parallel_loops` in `Tuning`.
     """
 
@@ -126,6 +127,7 @@ class Taps:
     counts: tuple[int, ...]
     phases: tuple[Phase, ...]
     images: int
+    whole: bool
     parallel: bool
 
 
@@ -136,7 +138,7 @@ def choose(
     channels: int,
     tuning: Tuning,
     broadcast: bool = False,
-    divisible: bool = False,
+    whole: bool = False,
 ) -> tuple[Taps, str]:
     """Returns the algorithm that convolves every example with every kernel, and why.
 
@@ -147,7 +149,8 @@ def choose(
       channels: of image and kernel.
       tuning: the constants.
       broadcast: whether what a tap reads is repeated in the loop, for each filter of a channel.
-      divisible: whether the batch may be a loop: no device has a part of it only.
+      whole: whether no device has only a part of the arrays. Then the batch may be a loop, and the
+        weights of all taps one flat array.
     """
     larger = math.prod(axis.kernel for axis in axes) > math.prod(axis.size for axis in axes)
     exchanged = larger and not broadcast
@@ -190,13 +193,14 @@ def choose(
     images = 0
     # In a loop, an input gradient in phases takes up to twice as long: (4, 63, 63, 162), 5x5,
     # stride 2. With several filters, the padded image is small beside the result.
-    if divisible and not (exchanged or interleaved or broadcast):
+    if whole and not (exchanged or interleaved or broadcast):
         temporaries = channels * sum(map(_temporaries, chosen))
         if examples * temporaries >= tuning.batch_temporaries:
             images = at_once(examples, temporaries, tuning.loop_temporaries)
             why += f", {images} of {examples} images at a time" if images else ""
     parts = tuple(chosen)
-    return Taps(exchanged, tuple(axes), crop, counts, parts, images, tuning.parallel_loops), why
+    parallel = tuning.parallel_loops
+    return Taps(exchanged, tuple(axes), crop, counts, parts, images, whole, parallel), why
 
 
 def _temporaries(phase: Phase) -> int:

@@ -144,7 +144,7 @@ def choose(
     channels: int,
     tuning: Tuning,
     filters: int = 1,
-    divisible: bool = False,
+    whole: bool = False,
 ) -> tuple[KernelGradient, str]:
     """Returns the algorithm for the kernel gradient of one image and cotangent, and why.
 
@@ -155,7 +155,7 @@ def choose(
       channels: of image and cotangent.
       tuning: the constants.
       filters: for each channel.
-      divisible: whether the batch may be a loop: no device has a part of it only.
+      whole: whether no device has only a part of the arrays. Then the batch may be a loop.
     """
     exchanged = any(axis.lhs_dilation > 1 for axis in axes)
     if exchanged:
@@ -170,7 +170,7 @@ def choose(
     temporaries = channels * _temporaries(gradient)
     many = examples * temporaries >= tuning.gradient_temporaries
     large = examples * (cotangent + temporaries) >= tuning.batch_temporaries
-    if divisible and filters == 1 and examples > 1 and many and large:
+    if whole and filters == 1 and examples > 1 and many and large:
         moving, _ = shared_out(moving=True)
         each = channels * _temporaries(moving)
         images = at_once(examples, each, tuning.gradient_loop_temporaries)

@@ -250,12 +250,12 @@ def plan(convolution: Convolution, tuning: Tuning) -> Plan:
         special = _in_planes(convolution, axes, gradient, (n, q, m, groups), tuning) or special
     if special:
         return dataclasses.replace(special, groups=groups, accumulator=accumulator)
-    divisible = convolution.on_cpu and not (convolution.partitioned or convolution.sharded)
+    whole = convolution.on_cpu and not (convolution.partitioned or convolution.sharded)
     if gradient:
         if filters == "copies" and groups > tuning.copied_channels:
             filters = "one by one"
         channels = groups if filters == "one by one" else groups * m
-        algorithm, why = kernel_gradient_plan.choose(q, axes, channels, tuning, m, divisible)
+        algorithm, why = kernel_gradient_plan.choose(q, axes, channels, tuning, m, whole)
         return Plan(algorithm, why, "kernel gradient", groups, filters, accumulator=accumulator)
     dilated = any(axis.lhs_dilation > 1 for axis in axes)
     if q > 1:
@@ -270,7 +270,7 @@ def plan(convolution: Convolution, tuning: Tuning) -> Plan:
         if math.prod(axis.kernel for axis in axes) <= sizes and not dilated:
             filters = "broadcast"  # a loop keeps copies of the result, too
     broadcast = filters == "broadcast"
-    algorithm, why = forward_plan.choose(n, kernels, axes, channels, tuning, broadcast, divisible)
+    algorithm, why = forward_plan.choose(n, kernels, axes, channels, tuning, broadcast, whole)
     kind: Kind = "input gradient" if dilated or q > 1 else "forward"
     taps = math.prod(axis.kernel for axis in axes)
     padded = -m % tuning.vector if broadcast and m > tuning.vector // 2 else 0
