@@ -335,10 +335,30 @@ def test_tiles_nearly_divide_a_row(row, outputs):
     assert found.phases[0].algorithm.outputs == outputs
 
 
+def test_channels_that_vectors_do_not_divide_have_fewer_regions():
+    """A 5x5 kernel has 361 taps in regions."""
+    found = [kinds(planned(forward(8, 56, c, 5))) for c in (64, 60, 61)]
+    assert found == [["Regions"], ["Tiles"], ["Tiles"]]
+    assert kinds(planned(forward(8, 56, 61, 3))) == ["Regions"]
+
+
+@pytest.mark.parametrize(
+    ("n", "size", "c", "k", "algorithm"),
+    [
+        (4, 42, 200, 9, "Loop"),  # 4 images of 200 channels: padded 50x50, and twice 42x42
+        (4, 42, 280, 9, "Tiles"),
+        (1, 42, 280, 9, "Loop"),
+        (4, 42, 280, 11, "Loop"),  # 121 taps for each of 4 outputs are more than 400 products
+    ],
+)
+def test_many_taps_are_a_loop_where_its_sums_stay_in_a_cache(n, size, c, k, algorithm):
+    assert kinds(planned(forward(n, size, c, k))) == [algorithm]
+
+
 def test_a_large_batch_is_a_loop():
     """Padded images of 40x40 and tiles of 34x34 together: 490,568 elements for each image."""
     sizes = dict(size=34, c=178, k=7)
-    found = [planned(forward(n, **sizes)).algorithm.images for n in (6, 12, 14, 32)]
+    found = [planned(forward(n, **sizes)).algorithm.images for n in (6, 10, 14, 32)]
     assert found == [0, 0, 2, 4]
     assert planned(forward(32, size=34, c=17, k=7)).algorithm.images == 0
     assert planned(forward(13, **sizes)).algorithm.images == 1, "13 is prime"

@@ -90,6 +90,9 @@ class Pass:
     grid: tuple[int, ...]
 
 
+Algorithm = Zeros | Regions | Rows | Tiles | Loop
+
+
 @dataclasses.dataclass(frozen=True)
 class Phase:
     """One phase of the outputs along every dimension: a convolution that is not dilated.
@@ -102,7 +105,7 @@ class Phase:
 
     taps: tuple[range, ...]
     axes: tuple[Axis, ...]
-    algorithm: Zeros | Regions | Rows | Tiles | Loop
+    algorithm: Algorithm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,32 +172,35 @@ def choose(
         # The image is the smaller part of what is read and written, so its padded copy is cheap.
         # Neighbouring outputs would have to be put in order, which is a copy of the result.
         effort = Effort(effort.elements, region_taps=0, products=1)
-    padded, region_taps = _regions(phases, effort.region_taps, tuning)
+    most = effort.region_taps
+    if channels % tuning.vector and not interleaved and effort.products > 1:
+        most = min(most, tuning.unaligned_region_taps)  # tiles load less
+    padded, region_taps = _regions(phases, most, tuning)
     reason = None if interleaved else _better_in_tiles(axes, effort, tuning)
-    regions = region_taps <= effort.region_taps and reason is None
+    regions = region_taps <= most and reason is None
     crop = None
     if interleaved and not regions and not exchanged:
         crop, phases = _same_image(phases)
     chosen = []
+    rows = elements >= tuning.exchanged_rows_elements and not exchanged
     for parts in itertools.product(*phases):
         taps, geometry = zip(*parts, strict=True)
         algorithm = Regions(padded)
         if not regions:
-            rows = elements >= tuning.exchanged_rows_elements and not exchanged
-            algorithm = _padded(geometry, effort.products, tuning, rows)
+            algorithm = _padded(geometry, effort.products, tuning, rows, examples * channels)
         chosen.append(Phase(taps, geometry, algorithm))
     counts = tuple(len(of_axis) for of_axis in phases)
     why = reason or "{} taps in regions, {} {} for {}".format(
         region_taps,
         "at most" if regions else "more than",
-        effort.region_taps,
+        most,
         "an image in phases" if interleaved else f"{elements} elements",
     )
     images = 0
     # In a loop, an input gradient in phases takes up to twice as long: (4, 63, 63, 162), 5x5,
     # stride 2. With several filters, the padded image is small beside the result.
     if whole and not (exchanged or interleaved or broadcast):
-        temporaries = channels * sum(map(_temporaries, chosen))
+        temporaries = channels * sum(_temporaries(of.axes, of.algorithm) for of in chosen)
         if examples * temporaries >= tuning.batch_temporaries:
             images = at_once(examples, temporaries, tuning.loop_temporaries)
             why += f", {images} of {examples} images at a time" if images else ""
@@ -203,17 +209,19 @@ def choose(
     return Taps(exchanged, tuple(axes), crop, counts, parts, images, whole, parallel), why
 
 
-def _temporaries(phase: Phase) -> int:
+def _temporaries(axes: Sequence[Axis], algorithm: Algorithm) -> int:
     """Returns how many elements besides the result are in memory, of one image and channel."""
-    *outer, last = phase.axes
-    match phase.algorithm:
+    *outer, last = axes
+    padded, sums = math.prod(axis.reach for axis in axes), math.prod(axis.out for axis in axes)
+    match algorithm:
         case Zeros() | Regions():
             return 0
         case Rows():
-            padded = math.prod(axis.reach for axis in outer) * last.size
-        case _:
-            padded = math.prod(axis.reach for axis in phase.axes)
-    return padded + math.prod(axis.out for axis in phase.axes)
+            return math.prod(axis.reach for axis in outer) * last.size + sums
+        case Tiles():
+            return padded + sums
+        case Loop():
+            return padded + 2 * sums  # those that a pass reads, and those that it writes
 
 
 def _same_image(
@@ -289,7 +297,7 @@ def _better_in_tiles(axes: Sequence[Axis], effort: Effort, tuning: Tuning) -> st
 
 
 def _padded(
-    axes: Sequence[Axis], products: int, tuning: Tuning, may_exchange: bool
+    axes: Sequence[Axis], products: int, tuning: Tuning, may_exchange: bool, images: int
 ) -> Zeros | Rows | Tiles | Loop:
     """Returns the algorithm for a phase that has no regions.
 
@@ -298,6 +306,7 @@ def _padded(
       products: the most products of a pass of the inner loop; with 1, outputs are single ones.
       tuning: the constants.
       may_exchange: whether image and kernel may exchange their roles along some dimensions.
+      images: how many there are, times channels.
     """
     sizes = [axis.kernel for axis in axes]
     taps = math.prod(sizes)
@@ -307,7 +316,10 @@ def _padded(
         outputs = tuning.loop_outputs
         passes = _passes(sizes, outputs, tuning)
         row_by_row = outputs >= tuning.outputs_row_by_row
-        return Loop(outputs, row_by_row, passes, tuning.parallel_loops)
+        loop = Loop(outputs, row_by_row, passes, tuning.parallel_loops)
+        in_cache = images * _temporaries(axes, loop) < tuning.batch_temporaries
+        if in_cache or products < outputs * taps:
+            return loop
     if products > 1 and axes[-1].out <= tuning.row_outputs:
         exchanged = tuple(
             may_exchange and axis.size <= axis.kernel and axis.rhs_dilation == 1

@@ -87,6 +87,11 @@ class Tuning:
         cache. For a 7x7 kernel, tiles of 4 outputs instead of 2 would take 0.8 to 0.9 of the time,
         but the 18 layers of a ConvNeXtTiny half a second longer to compile. Layers:
         'MobileNetV1-*' 'ConvNeXtTiny-*'.
+      unaligned_region_taps: the most taps in regions where the channels are no multiple of `vector`,
+        so that vectors do not begin where lines of the cache do. In tiles, which load less for each
+        product, a 5x5 kernel then takes 0.65 to 1.7 times as long, 0.97 in the mean of fourteen
+        layers, and compiles in half the time. With 64 to 256 channels, all multiples, regions are
+        faster by 1.05 to 2 times.
       padded_taps: the most taps of an image in regions that are padded, each by itself, because
         they read outside for some outputs. Padding them saves regions: a 3x3 kernel would have 49
         taps. Four padded taps are slower: 4 times for a 5x5 kernel along one dimension; and for a
@@ -105,20 +110,25 @@ class Tuning:
         outputs take for 27 to 50 taps, 0.6 to 1.2 for 16 to 25, 0.8 to 4.7 for 11 and fewer.
       tile_outputs: the most neighbouring outputs of a row that are computed together. Compile time
         grows with them. Layers: 'ConvNeXtTiny-*'.
-      batch_temporaries: from as many elements of padded images and tiles on, 24 MiB, a batch is a
-        loop over some of its images. From 32 MiB on, glibc maps each block anew: for 32 images of
-        34x34x178 and a 7x7 kernel, the loop takes 0.3 of the time. Below, it takes 0.9 to 1.4.
+      batch_temporaries: from as many elements of padded images and tiles on, 20 MiB, a batch is a
+        loop over some of its images. Above, glibc maps the memory anew: for 4 images of 67x67x143
+        and a 7x7 kernel, 22 MiB, the loop takes 0.3 of the time, for 8 images of 34x34x250, 21 MiB,
+        0.7. With 12 to 18 MiB it takes 0.9 to 1.1.
       loop_temporaries: fewer elements of them than this, 8 MiB, are in memory in one pass of that
-        loop, if the batch divides so. With 2 MiB, seven forward passes of 7x7 and 9x9 kernels took
-        as long.
+        loop, if the batch divides so. With 2 and with 16 MiB, forward passes of 7x7 and 9x9 kernels
+        took as long.
       row_outputs: rows of at most as many outputs are computed as a whole. Layer:
         'ConvNeXtTiny-4'.
       exchanged_rows_elements: from as many elements on, image and kernel may exchange their roles
         in such rows. For 32 images of 7x7x768 and a 7x7 kernel, not exchanging them takes 1.25
         times as long; for 8 and for one, 0.85 and 1.0 times. Exchanged, a pixel that is not a
         number reaches outputs that do not see it. Layer: 'ConvNeXtTiny-4'.
-      unrolled_taps: the most taps that are compiled one by one; a kernel with more is a loop.
-        Compile time grows with the taps.
+      unrolled_taps: the most taps that are always compiled one by one. More are a loop, if what it
+        sums up, which is in memory twice, and the padded images are fewer elements than
+        `batch_temporaries`, or if the effort has no room for tiles of `loop_outputs`. For 9x9
+        kernels the loop takes 0.6 to 1.0 of the time of tiles where it stays below, and above 0.9
+        to 2.6 times as long, 1.6 in the mean of ten layers. Tiles of kernels of 11x11 and more take
+        5 to 9 times as long.
       loop_outputs: neighbouring outputs that a loop over a kernel computes together.
       loop_products: the most products in one pass of such a loop. Compile time grows with them.
       outputs_row_by_row: from as many outputs on, outputs that are computed together are summed up
@@ -218,13 +228,14 @@ class Tuning:
         Effort(1 << 17, region_taps=150, products=100),
         Effort(1 << 19, region_taps=400, products=400),
     )
+    unaligned_region_taps: int = 150
     padded_taps: int = 2
     region_dimensions: int = 2
     region_runs: int = 8
     whole_image_tile_taps: int = 27
     tile_outputs: int = 8
     row_outputs: int = 8
-    batch_temporaries: int = 6 << 20
+    batch_temporaries: int = 5 << 20
     loop_temporaries: int = 1 << 21
     exchanged_rows_elements: int = 1 << 19
     unrolled_taps: int = 64
