@@ -87,11 +87,11 @@ class Tuning:
         cache. For a 7x7 kernel, tiles of 4 outputs instead of 2 would take 0.8 to 0.9 of the time,
         but the 18 layers of a ConvNeXtTiny half a second longer to compile. Layers:
         'MobileNetV1-*' 'ConvNeXtTiny-*'.
-      unaligned_region_taps: the most taps in regions where the channels are no multiple of `vector`,
-        so that vectors do not begin where lines of the cache do. In tiles, which load less for each
+      unaligned_region_taps: the most taps in regions if the channels are no multiple of `vector`, so
+        that vectors do not begin where lines of the cache do. In tiles, which load less for each
         product, a 5x5 kernel then takes 0.65 to 1.7 times as long, 0.97 in the mean of fourteen
-        layers, and compiles in half the time. With 64 to 256 channels, all multiples, regions are
-        faster by 1.05 to 2 times.
+        layers, and compiles in half the time. With 64 to 256 channels, all multiples, regions take
+        0.5 to 0.95 of the time of tiles.
       padded_taps: the most taps of an image in regions that are padded, each by itself, because
         they read outside for some outputs. Padding them saves regions: a 3x3 kernel would have 49
         taps. Four padded taps are slower: 4 times for a 5x5 kernel along one dimension; and for a
