@@ -267,8 +267,14 @@ ALGORITHMS = {
     },
     "some images at a time": {
         "efforts": (tuning.Effort(0, 0, 1),),
-        "batch_temporaries": 0,
+        "batch_temporaries": 1000,
         "loop_temporaries": 1000,
+    },
+    "some channels at a time": {
+        "efforts": (tuning.Effort(0, 0, 1),),
+        "batch_temporaries": 0,
+        "loop_temporaries": 500,
+        "channels_at_once": 2,
     },
     "not padded": {"padded_elements": 0, "short_row_products": 0, "unrolled_products": 20},
     "one by one": {"padded_elements": 0, "one_by_one_elements": 0},

@@ -728,3 +728,30 @@ def test_some_images_at_a_time_in_a_shard_map(wanted, monkeypatch):
     mapped = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=(P("data"), P("data")), out_specs=out))
     assert "stablehlo.while" in mapped.lower(x, kernel).as_text()
     np.testing.assert_array_equal(mapped(x, kernel), f(x, kernel, "lax"))
+
+
+@pytest.mark.parametrize(
+    ("limits", "piece"),
+    [
+        (dict(batch_temporaries=3000, loop_temporaries=2300), (4, 5)),
+        (dict(batch_temporaries=0, loop_temporaries=500, channels_at_once=2), (1, 2)),
+    ],
+)
+def test_pieces_of_a_batch_that_overlap(limits, piece, monkeypatch):
+    """The last 4 of 7 images, or 2 of 5 channels, begin where the loop was already."""
+    constants = dataclasses.replace(
+        tuning.TUNING,
+        efforts=(tuning.Effort(0, region_taps=0, products=1),),
+        **limits,
+    )
+    monkeypatch.setattr(tuning, "TUNING", constants)
+    rng = np.random.default_rng(0)
+    x, kernel = integers(rng, (7, 6, 7, 5)), integers(rng, (3, 3, 5, 1))
+
+    def f(x, kernel, method="auto"):
+        return depthwise_conv2d(x, kernel, padding="same", method=method)
+
+    text = jax.jit(f).lower(x, kernel).as_text()
+    images, channels = piece
+    assert f"sizes = [{images}, 6, 7, {channels}]" in text
+    np.testing.assert_array_equal(jax.jit(f)(x, kernel), f(x, kernel, "lax"))

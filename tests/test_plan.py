@@ -340,6 +340,11 @@ def test_channels_that_vectors_do_not_divide_have_fewer_regions():
     found = [kinds(planned(forward(8, 56, c, 5))) for c in (64, 60, 61)]
     assert found == [["Regions"], ["Tiles"], ["Tiles"]]
     assert kinds(planned(forward(8, 56, 61, 3))) == ["Regions"]
+    large = dict(size=93, c=510, k=5)  # one padded image and its tiles have 36 MiB
+    assert kinds(planned(forward(1, **large))) == ["Regions"]
+    batch = forward(8, 56, 213, 5)
+    assert kinds(planned(batch)) == ["Tiles"]
+    assert kinds(planned(dataclasses.replace(batch, partitioned=1))) == ["Regions"], "no loop"
 
 
 @pytest.mark.parametrize(
@@ -358,15 +363,39 @@ def test_many_taps_are_a_loop_where_its_sums_stay_in_a_cache(n, size, c, k, algo
 def test_a_large_batch_is_a_loop():
     """Padded images of 40x40 and tiles of 34x34 together: 490,568 elements for each image."""
     sizes = dict(size=34, c=178, k=7)
-    found = [planned(forward(n, **sizes)).algorithm.images for n in (6, 10, 14, 32)]
-    assert found == [0, 0, 2, 4]
-    assert planned(forward(32, size=34, c=17, k=7)).algorithm.images == 0
-    assert planned(forward(13, **sizes)).algorithm.images == 1, "13 is prime"
-    assert planned(forward(32, 34, 178, 3)).algorithm.images == 0, "in regions nothing is copied"
+    found = [planned(forward(n, **sizes)).algorithm.piece for n in (6, 10, 14, 32)]
+    assert found == [None, None, (2, 178), (4, 178)]
+    assert planned(forward(32, size=34, c=17, k=7)).algorithm.piece is None
+    assert planned(forward(32, 34, 178, 3)).algorithm.piece is None, "in regions nothing is copied"
     gradient = planned(input_gradient(n=32, stride=2, **sizes)).algorithm
-    assert len(gradient.phases) == 4 and gradient.images == 0
+    assert len(gradient.phases) == 4 and gradient.piece is None
     shared = dataclasses.replace(forward(32, **sizes), partitioned=1)
-    assert planned(shared).algorithm.images == 0, "each device may have a part of the batch"
+    assert planned(shared).algorithm.piece is None, "each device may have a part of the batch"
+
+
+def test_large_images_are_a_loop_over_channels_too():
+    """Padded images of 99x99 and tiles of 93x93 together: 18,450 elements for each channel."""
+    found = [
+        planned(forward(n, 93, c, 7)).algorithm.piece for n, c in ((1, 284), (1, 285), (3, 510))
+    ]
+    assert found == [None, (1, 96), (1, 64)]
+
+
+@pytest.mark.parametrize(
+    ("size", "most", "multiple", "found"),
+    [
+        (32, 40, 1, 32),
+        (32, 20, 1, 16),
+        (13, 4, 1, 2),
+        (13, 0, 1, 1),
+        (510, 113, 16, 64),
+        (512, 113, 16, 64),
+        (20, 9, 16, 16),
+        (12, 9, 16, 12),
+    ],
+)
+def test_pieces_overlap_little(size, most, multiple, found):
+    assert forward_plan.nearly_dividing(size, most, multiple) == found
 
 
 @pytest.mark.parametrize(
@@ -399,7 +428,7 @@ def test_a_kernel_gradient_of_a_large_batch_is_a_loop():
 )
 def test_how_many_images_at_a_time(examples, each, found):
     """Below 80 elements in all; none of a prime number of small images."""
-    assert tuning.at_once(examples, each, 80) == found
+    assert kernel_gradient_plan.at_once(examples, each, 80) == found
 
 
 def test_phases_of_a_strided_input_gradient():

@@ -39,13 +39,15 @@ def convolve(x: jax.Array, kernel: jax.Array, taps: plan.Taps) -> jax.Array:
     if taps.exchanged:
         y = _with_every_kernel(kernel, x, taps)
         return lax.rev(jnp.swapaxes(y, 0, 1), range(2, y.ndim - 1))
-    if taps.images:
-        return _piece_by_piece(x, kernel, taps)
+    if taps.piece is not None:
+        return _piece_by_piece(x, kernel, taps, taps.piece)
     return _with_every_kernel(x, kernel, taps)
 
 
-def _piece_by_piece(x: jax.Array, kernel: jax.Array, taps: plan.Taps) -> jax.Array:
-    """Convolves some images at a time: padded copies and tiles are as large as these need.
+def _piece_by_piece(
+    x: jax.Array, kernel: jax.Array, taps: plan.Taps, piece: tuple[int, int]
+) -> jax.Array:
+    """Convolves a piece of the batch at a time: padded copies and tiles are as large as it needs.
 
     From 32 MiB on, glibc takes a block of memory from the system in each call and gives it back. To
     map and clear its pages takes longer than the convolution itself.
@@ -55,17 +57,30 @@ def _piece_by_piece(x: jax.Array, kernel: jax.Array, taps: plan.Taps) -> jax.Arr
     # A single kernel has no dimension here. Else XLA would not let the loop that reads the result,
     # such as an activation, write where it reads: 32 images of 34x34x178 would need 28 MiB, not 7.
     flat = shape if kernel.shape[0] > 1 else (shape[0], *shape[2:])
+    images, channels = piece
+    grid = -(-x.shape[0] // images), -(-x.shape[-1] // channels)
 
     def step(i: jax.Array, y: jax.Array) -> jax.Array:
         i = workarounds.parallel(i) if taps.parallel else i
-        first = i * taps.images
-        piece = lax.dynamic_slice_in_dim(x, first, taps.images)
-        results = _with_every_kernel(piece, kernel, taps).reshape(taps.images, *flat[1:])
-        return lax.dynamic_update_slice_in_dim(y, results, first, axis=0)
+        first, channel = [a * n for a, n in zip(windows.unravel(i, grid), piece, strict=True)]
+
+        def part(array: jax.Array, sizes: Sequence[int], first: Any) -> jax.Array:
+            """Returns a part of `array` that begins at this image and channel.
+
+            The last part begins earlier, if it would end outside: then some outputs are computed
+            once more.
+            """
+            corner = (first, *[0] * (array.ndim - 2), channel)
+            return lax.dynamic_slice(array, corner, sizes, allow_negative_indices=False)
+
+        some = part(x, (images, *x.shape[1:-1], channels), first)
+        results = _with_every_kernel(some, part(kernel, (*kernel.shape[:-1], channels), 0), taps)
+        results = results.reshape(images, *flat[1:-1], channels)
+        corner = (first, *[0] * (y.ndim - 2), channel)
+        return lax.dynamic_update_slice(y, results, corner, allow_negative_indices=False)
 
     zeros = lax.full_like(x, 0, shape=flat)  # which vary in a `shard_map` as `x` does
-    y = lax.fori_loop(0, x.shape[0] // taps.images, step, zeros)
-    return y.reshape(shape)
+    return lax.fori_loop(0, math.prod(grid), step, zeros).reshape(shape)
 
 
 def _with_every_kernel(x: jax.Array, kernel: jax.Array, taps: plan.Taps) -> jax.Array:

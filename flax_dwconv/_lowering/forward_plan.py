@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from flax_dwconv._lowering.axis import Axis
-from flax_dwconv._lowering.tuning import Effort, Tuning, at_once
+from flax_dwconv._lowering.tuning import Effort, Tuning
 
 # For each dimension, what `Axis.phases` returns.
 Phases = Sequence[Sequence[tuple[range, Axis]]]
@@ -119,7 +119,8 @@ class Taps:
         all phases share; None, where each phase makes its own.
       counts: how many phases there are along each dimension.
       phases: all of them, the last dimension fastest.
-      images: how many images are convolved at a time, in a loop over the batch; 0: all at once.
+      piece: how many images and how many channels are convolved at a time, in a loop over such
+        pieces of the batch; None: all at once.
       whole: whether each device has all channels.
       parallel: as `parallel_loops` in `Tuning`.
     """
@@ -129,7 +130,7 @@ class Taps:
     crop: tuple[tuple[int, ...], tuple[int, ...]] | None
     counts: tuple[int, ...]
     phases: tuple[Phase, ...]
-    images: int
+    piece: tuple[int, int] | None
     whole: bool
     parallel: bool
 
@@ -172,9 +173,14 @@ def choose(
         # The image is the smaller part of what is read and written, so its padded copy is cheap.
         # Neighbouring outputs would have to be put in order, which is a copy of the result.
         effort = Effort(effort.elements, region_taps=0, products=1)
+    # In a loop, an input gradient in phases takes up to twice as long: (4, 63, 63, 162), 5x5,
+    # stride 2. With several filters, the padded image is small beside the result.
+    divisible = whole and not (exchanged or interleaved or broadcast)
     most = effort.region_taps
     if channels % tuning.vector and not interleaved and effort.products > 1:
-        most = min(most, tuning.unaligned_region_taps)  # tiles load less
+        at_least = channels * _temporaries(axes, Tiles(1, False)) * (1 if divisible else examples)
+        if at_least < tuning.batch_temporaries:
+            most = min(most, tuning.unaligned_region_taps)
     padded, region_taps = _regions(phases, most, tuning)
     reason = None if interleaved else _better_in_tiles(axes, effort, tuning)
     regions = region_taps <= most and reason is None
@@ -196,17 +202,49 @@ def choose(
         most,
         "an image in phases" if interleaved else f"{elements} elements",
     )
-    images = 0
-    # In a loop, an input gradient in phases takes up to twice as long: (4, 63, 63, 162), 5x5,
-    # stride 2. With several filters, the padded image is small beside the result.
-    if whole and not (exchanged or interleaved or broadcast):
-        temporaries = channels * sum(_temporaries(of.axes, of.algorithm) for of in chosen)
-        if examples * temporaries >= tuning.batch_temporaries:
-            images = at_once(examples, temporaries, tuning.loop_temporaries)
-            why += f", {images} of {examples} images at a time" if images else ""
+    piece = None
+    if divisible:
+        temporaries = sum(_temporaries(of.axes, of.algorithm) for of in chosen)
+        piece = _piece(examples, channels, temporaries, tuning)
+        if piece:
+            why += f", {piece[0]} of {examples} images and {piece[1]} channels at a time"
     parts = tuple(chosen)
     parallel = tuning.parallel_loops
-    return Taps(exchanged, tuple(axes), crop, counts, parts, images, whole, parallel), why
+    return Taps(exchanged, tuple(axes), crop, counts, parts, piece, whole, parallel), why
+
+
+def _piece(
+    examples: int, channels: int, temporaries: int, tuning: Tuning
+) -> tuple[int, int] | None:
+    """Returns how many images and channels are convolved at a time, or None for all.
+
+    Args:
+      examples: images of the batch.
+      channels: of each.
+      temporaries: elements that are in memory for one image and channel.
+      tuning: the constants.
+    """
+    if not temporaries or examples * channels * temporaries < tuning.batch_temporaries:
+        return None
+    most = tuning.loop_temporaries - 1
+    if channels * temporaries < tuning.batch_temporaries:
+        return nearly_dividing(examples, most // (channels * temporaries)), channels
+    return 1, nearly_dividing(channels, most // temporaries, tuning.channels_at_once)
+
+
+def nearly_dividing(size: int, most: int, multiple: int = 1) -> int:
+    """Returns the size of equal pieces that cover `size` and overlap as little as possible.
+
+    Args:
+      size: what is to be covered.
+      most: the largest size of a piece, unless that is less than `multiple`.
+      multiple: what divides the size of a piece, unless one piece is all.
+    """
+    if size <= max(most, multiple):
+        return size
+    largest = max(most // multiple, 1)
+    pieces = (n * multiple for n in range(largest, largest // 4, -1))
+    return min(pieces, key=lambda piece: -(-size // piece) * piece)
 
 
 def _temporaries(axes: Sequence[Axis], algorithm: Algorithm) -> int:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from flax_dwconv._lowering.axis import Axis, inside
-from flax_dwconv._lowering.tuning import Tuning, at_once
+from flax_dwconv._lowering.tuning import Tuning
 
 # Of one dimension, products one by one: of each {tap: (the position of the cotangent, that of the
 # image)}, without the taps that read outside.
@@ -178,6 +178,20 @@ def choose(
             gradient = dataclasses.replace(moving, images=images)
             why += f", {images} of {examples} images at a time"
     return gradient, why
+
+
+def at_once(examples: int, each: int, most: int) -> int:
+    """Returns how many images of a batch one pass of a loop should sum up, or 0 for no loop.
+
+    Args:
+      examples: images of the batch.
+      each: how many elements are in memory for one image.
+      most: below how many elements a pass should stay; a single image may have more.
+    """
+    fitting = max(min((most - 1) // max(each, 1), examples - 1), 1)
+    divisor = max(n for n in range(1, fitting + 1) if examples % n == 0)
+    # A prime number of small images would be a pass for each.
+    return divisor if examples > 1 and 8 * divisor >= fitting else 0
 
 
 def _temporaries(gradient: KernelGradient) -> int:

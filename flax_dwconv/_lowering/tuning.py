@@ -87,11 +87,12 @@ class Tuning:
         cache. For a 7x7 kernel, tiles of 4 outputs instead of 2 would take 0.8 to 0.9 of the time,
         but the 18 layers of a ConvNeXtTiny half a second longer to compile. Layers:
         'MobileNetV1-*' 'ConvNeXtTiny-*'.
-      unaligned_region_taps: the most taps in regions if the channels are no multiple of `vector`, so
-        that vectors do not begin where lines of the cache do. In tiles, which load less for each
-        product, a 5x5 kernel then takes 0.65 to 1.7 times as long, 0.97 in the mean of fourteen
-        layers, and compiles in half the time. With 64 to 256 channels, all multiples, regions take
-        0.5 to 0.95 of the time of tiles.
+      unaligned_region_taps: the same if the channels are no multiple of `vector`, so that vectors
+        do not begin where lines of the cache do, and if no more than `batch_temporaries` of padded
+        images and tiles have to be in memory at a time. In tiles, which load less for each product,
+        a 5x5 kernel then takes 0.65 to 1.7 times as long, 0.97 in the mean of fourteen layers, and
+        compiles in half the time. With 64 to 256 channels, all multiples, regions take 0.5 to 0.95
+        of the time of tiles.
       padded_taps: the most taps of an image in regions that are padded, each by itself, because
         they read outside for some outputs. Padding them saves regions: a 3x3 kernel would have 49
         taps. Four padded taps are slower: 4 times for a 5x5 kernel along one dimension; and for a
@@ -115,8 +116,11 @@ class Tuning:
         and a 7x7 kernel, 22 MiB, the loop takes 0.3 of the time, for 8 images of 34x34x250, 21 MiB,
         0.7. With 12 to 18 MiB it takes 0.9 to 1.1.
       loop_temporaries: fewer elements of them than this, 8 MiB, are in memory in one pass of that
-        loop, if the batch divides so. With 2 and with 16 MiB, forward passes of 7x7 and 9x9 kernels
+        loop, or those of one image. With 2 and with 16 MiB, forward passes of 7x7 and 9x9 kernels
         took as long.
+      channels_at_once: if one image has `batch_temporaries`, the loop is over its channels too, a
+        multiple of this at a time. For one image of 93x93x510 and of 112x112x512 and a 7x7 kernel,
+        it takes 0.4 of the time.
       row_outputs: rows of at most as many outputs are computed as a whole. Layer:
         'ConvNeXtTiny-4'.
       exchanged_rows_elements: from as many elements on, image and kernel may exchange their roles
@@ -237,6 +241,7 @@ class Tuning:
     row_outputs: int = 8
     batch_temporaries: int = 5 << 20
     loop_temporaries: int = 1 << 21
+    channels_at_once: int = 16
     exchanged_rows_elements: int = 1 << 19
     unrolled_taps: int = 64
     loop_outputs: int = 4
@@ -268,20 +273,6 @@ class Tuning:
     plane_terms: int = 12
     partial_sums: float = 1.0
     parallel_loops: bool = True
-
-
-def at_once(examples: int, each: int, most: int) -> int:
-    """Returns how many images of a batch one pass of a loop should take, or 0 for no loop.
-
-    Args:
-      examples: images of the batch.
-      each: how many elements are in memory for one image.
-      most: below how many elements a pass should stay; a single image may have more.
-    """
-    fitting = max(min((most - 1) // max(each, 1), examples - 1), 1)
-    divisor = max(n for n in range(1, fitting + 1) if examples % n == 0)
-    # A prime number of small images would be a pass for each.
-    return divisor if examples > 1 and 8 * divisor >= fitting else 0
 
 
 # What is in use. Tests replace it: it is part of the key of the cache of programs.
