@@ -15,7 +15,7 @@ import pytest
 from jax import lax
 
 from flax_dwconv.benchmark import __main__ as program
-from flax_dwconv.benchmark import cases, driver, peers, report, run, scan
+from flax_dwconv.benchmark import cases, driver, peers, report, run, scan, stacks
 from flax_dwconv.benchmark.cases import Case
 
 TINY = Case("tiny", 2, (5, 6), 4, (3, 3), 2)
@@ -170,6 +170,43 @@ def test_a_scan_lists_the_worst(monkeypatch, capsys, tmp_path):
         "a shape", "forward", "4.00", "1.00", "4.00x", "4000", "0.500x"
     ]  # fmt: skip
     assert text.endswith("2 of 6 programs take more than 1.1 times XLA's time.\n")
+
+
+# Stacks
+
+
+@pytest.mark.parametrize("name", stacks.STACKS)
+def test_gradients_of_a_stack(name):
+    f, arguments = stacks.gradients(name, "auto")
+    lax_, _ = stacks.gradients(name, "lax")
+    kernels, images = arguments
+    found, wanted = jax.eval_shape(f, *arguments), jax.eval_shape(lax_, *arguments)
+    assert found == wanted == (kernels if name in stacks.EQUAL else (kernels, images))
+    texts = [jax.jit(g).lower(*arguments).as_text() for g in (f, lax_)]
+    assert ["stablehlo.convolution" in text for text in texts] == [False, True]
+
+
+def test_stacks_are_compiled_by_both_methods(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(stacks, "STACKS", {"2 of 3x3": [((5, 6, 4), 3)] * 2})
+    monkeypatch.setattr(stacks, "EQUAL", stacks.STACKS)
+    (row,) = stacks.stacks(rounds=2)
+    assert row["stack"] == "2 of 3x3" and [*row] == ["stack", "auto", "lax"]
+    assert all(len(row[method]) == 2 and min(row[method]) > 0 for method in stacks.METHODS)
+
+    made_up = [{"stack": "a", "auto": [9, 3, 2], "lax": [1, 1, 5]}]
+    made_up += [{"stack": "b", "auto": [12], "lax": [1]}]
+    monkeypatch.setattr(stacks, "stacks", lambda rounds: made_up[:rounds])
+    file = tmp_path / "stacks.json"
+    assert program.main(["--stacks", "--json", str(file)]) == 0
+    assert json.loads(file.read_text()) == made_up
+    text = capsys.readouterr().out
+    assert "| a " in text and "3.00 |" in text and "3.00x |" in text
+    assert text.endswith("Geometric mean 6.00x, at most 12.0x.\n")
+
+
+def test_a_run_that_was_stopped_at_once(monkeypatch):
+    monkeypatch.setattr(stacks, "stacks", lambda rounds: [])
+    assert program.main(["--stacks"]) == 130
 
 
 # How it is timed

@@ -8,7 +8,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from flax_dwconv.benchmark import cases, peers, report, run, scan
+from flax_dwconv.benchmark import cases, peers, report, run, scan, stacks
 
 NEEDS = ["archspec", "matplotlib", "pandas", "tabulate", "tqdm"]
 
@@ -30,6 +30,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     which.add_argument("--draw", nargs=2, type=int, metavar=("SEED", "N"), help=drawn)
     scanned = f"time N random convolutions beside XLA's own; KIND is {' or '.join(scan.KINDS)}"
     which.add_argument("--scan", nargs=3, metavar=("KIND", "SEED", "N"), help=scanned)
+    compiled = "compile stacks of layers with gradients beside XLA's own, run nothing"
+    which.add_argument("--stacks", action="store_true", help=compiled)
     add("--networks", nargs="*", choices=cases.NETWORKS, help="time networks, all or these")
     add("--peers", nargs="+", choices=peers.PEERS, help="default all of the family")
     add("--rounds", type=int, help="default 5, with --quick 3")
@@ -86,11 +88,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     try:
-        if args.scan:
-            rows = scan.scan(*args.scan)
+        if args.scan or args.stacks:
+            rows = stacks.stacks(args.rounds or 5) if args.stacks else scan.scan(*args.scan)
+            if not rows:  # Ctrl-C
+                return 130
             if args.json:
                 args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-            print(scan.markdown(rows))
+            print((stacks if args.stacks else scan).markdown(rows))
             return 0
         if args.report:
             document = json.loads(args.report.read_text(encoding="utf-8"))
