@@ -265,7 +265,7 @@ def _choose(
             for axis, n, gap in zip(of_passes, grid, apart, strict=True)
         ]
         corners = itertools.product(*starts)
-        blocks = [_blocks(of_passes, at, taps, along, limits, tuning) for at in corners]
+        blocks = [_Pass(of_passes, at, taps, along, limits, tuning).blocks() for at in corners]
         # The partial sums of all passes are in memory at the same time. With several filters, they
         # are as large as so many cotangents.
         partial = sum(_partial_sums(taps, of) for of in blocks)
@@ -281,7 +281,7 @@ def _choose(
         start[along], first[along] = first[along], 0
         extent[along] = reach[along] = longest.size
     inner = [dataclasses.replace(axis, size=e) for axis, e in zip(axes, extent, strict=True)]
-    blocks = _blocks(inner, start, taps, along, limits, tuning)
+    blocks = _Pass(inner, start, taps, along, limits, tuning).blocks()
     loop = Loop(tuple(first), tuple(reach), tuple(apart))
     return result([blocks], None, loop), f"{why}; passes in a loop: {passes}"
 
@@ -325,22 +325,16 @@ def _is_unrolled(passes: int, products: int, elements: int, tuning: Tuning) -> b
     return elements >= tuning.unrolled_bodies_elements and (few or short)
 
 
-def _blocks(
-    axes: Sequence[Axis],
-    first: Sequence[int],
-    taps: Sequence[int],
-    along: int,
-    limits: Limits,
-    tuning: Tuning,
-) -> tuple[Block, ...]:
-    """Returns what one pass of a kernel gradient sums up.
+@dataclasses.dataclass(frozen=True)
+class _Pass:
+    """One pass of a kernel gradient, which is cut into blocks.
 
     Along each dimension, each tap has its own positions of the cotangent: those for which it reads
     inside the image. Equal blocks hold as many of them as every tap has, and each tap counts from
     the first of its own. What is left is in blocks of its own. When blocks had only the positions
     that all taps share, a 3x3 kernel on an image of 28x28 had 418 products; now it has 250.
 
-    Args:
+    Attributes:
       axes: the geometry of each spatial dimension, with the sizes of the image.
       first: of each dimension, the position of the image that the first tap reads for the first
         position of the cotangent.
@@ -349,23 +343,43 @@ def _blocks(
       limits: how many positions and products one block may hold.
       tuning: the constants.
     """
-    order = [*[d for d in range(len(axes)) if d != along], along]
-    found: list[Block] = []
 
-    def read(d: int, positions: Mapping[int, int]) -> dict[int, tuple[int, int]]:
-        """Returns an element of `Reads` of {tap: the position of the cotangent}."""
-        start, axis = first[d], axes[d]
-        return {
-            a: (p, start + a * axis.stride + p * axis.rhs_dilation) for a, p in positions.items()
-        }
+    axes: Sequence[Axis]
+    first: Sequence[int]
+    taps: Sequence[int]
+    along: int
+    limits: Limits
+    tuning: Tuning
 
-    def single(d: int, own: Mapping[int, range]) -> Part:
-        """Returns a single block of {tap: positions of the cotangent}."""
-        every = sorted({p for positions in own.values() for p in positions})
-        reads = [read(d, {a: p for a, of in own.items() if p in of}) for p in every]
-        return Part(tuple(reads), 1, False)
+    def blocks(self) -> tuple[Block, ...]:
+        """Returns what the pass sums up."""
+        return tuple(self._of({}, True))
 
-    def split(d: int, others: int, main: bool) -> Iterator[Part]:
+    def _of(self, chosen: Mapping[int, Part], main: bool) -> Iterator[Block]:
+        """Yields the blocks of some parts of the first dimensions and all parts of the others.
+
+        Args:
+          chosen: {dimension: its part}.
+          main: whether every tap has these parts.
+        """
+        if len(chosen) < len(self.axes):
+            d = self._order[len(chosen)]
+            others = math.prod(part.products for part in chosen.values())
+            for i, part in enumerate(self._parts(d, others, main)):
+                yield from self._of({**chosen, d: part}, main and i == 0)
+            return
+        parts = [chosen[d] for d in range(len(self.axes))]
+        if main:
+            yield self._block(parts, self.along if parts[self.along].reduced else None)
+        else:
+            yield from self._rest(parts)
+
+    @property
+    def _order(self) -> list[int]:
+        """The dimensions as they are cut: `along` is the last."""
+        return [*[d for d in range(len(self.axes)) if d != self.along], self.along]
+
+    def _parts(self, d: int, others: int, main: bool) -> Iterator[Part]:
         """Yields the parts of a dimension, first what every tap has.
 
         Args:
@@ -373,59 +387,59 @@ def _blocks(
           others: how many products there are for each tap of this dimension.
           main: whether every tap has what was chosen of the dimensions before.
         """
-        at, axis = first[d], axes[d]
+        at, axis, limits = self.first[d], self.axes[d], self.limits
         left = {
             a: own
-            for a in range(taps[d])
+            for a in range(self.taps[d])
             if (own := inside(at + a * axis.stride, axis.rhs_dilation, axis.kernel, axis.size))
         }
         width, reduced = 1, False
         if main and left:
-            whole, products = single(d, left), others * len(left)
-            inner = math.prod(axes[e].kernel for e in order[order.index(d) + 1 :])
-            if d == along:
-                if _one_by_one(len(whole.reads), products, limits, tuning):
+            whole, products = self._single(d, left), others * len(left)
+            inner = math.prod(self.axes[e].kernel for e in self._order[self._order.index(d) + 1 :])
+            if d == self.along:
+                if _one_by_one(len(whole.reads), products, limits, self.tuning):
                     yield whole
                     return
-                width, reduced = _width(left.values(), products, limits, tuning)
+                width, reduced = _width(left.values(), products, limits, self.tuning)
             elif limits.large and len(whole.reads) * inner <= 2 * limits.positions:
                 yield whole
                 return
         while left:
             count = min(map(len, left.values())) // width
-            reads = [read(d, {a: own[i] for a, own in left.items()}) for i in range(width)]
+            reads = [self._read(d, {a: own[i] for a, own in left.items()}) for i in range(width)]
             yield Part(tuple(reads), count, reduced)
             left = {a: own[count * width :] for a, own in left.items() if len(own) > count * width}
-            if sum(map(len, left.values())) <= tuning.rest_products:
+            if sum(map(len, left.values())) <= self.tuning.rest_products:
                 break
             width, reduced = 1, False
         if left:
-            yield single(d, left)
+            yield self._single(d, left)
 
-    def build(chosen: dict[int, Part], main: bool) -> None:
-        if len(chosen) == len(axes):
-            parts = [chosen[d] for d in range(len(axes))]
-            if main:
-                add(parts, along if parts[along].reduced else None)
-            else:
-                add_rest(parts)
-            return
-        d = order[len(chosen)]
-        others = math.prod(part.products for part in chosen.values())
-        for i, part in enumerate(split(d, others, main)):
-            build(chosen | {d: part}, main and i == 0)
+    def _single(self, d: int, own: Mapping[int, range]) -> Part:
+        """Returns a single block of {tap: positions of the cotangent}."""
+        every = sorted({p for positions in own.values() for p in positions})
+        reads = [self._read(d, {a: p for a, of in own.items() if p in of}) for p in every]
+        return Part(tuple(reads), 1, False)
 
-    def add_rest(parts: list[Part]) -> None:
-        """Adds few products: those of several blocks along the dimension with the most of them."""
+    def _read(self, d: int, positions: Mapping[int, int]) -> dict[int, tuple[int, int]]:
+        """Returns an element of `Reads` of {tap: the position of the cotangent}."""
+        start, axis = self.first[d], self.axes[d]
+        return {
+            a: (p, start + a * axis.stride + p * axis.rhs_dilation) for a, p in positions.items()
+        }
+
+    def _rest(self, parts: list[Part]) -> Iterator[Block]:
+        """Yields few products: several blocks along the dimension that has the most of them."""
         d = max(range(len(parts)), key=lambda d: parts[d].count)
-        part, gap = parts[d], axes[d].rhs_dilation
+        part, gap = parts[d], self.axes[d].rhs_dilation
         width, reduced = 1, False
         if len(part.reads) == 1:
             products = math.prod(part.products for part in parts)
-            few = Limits(1, False, limits.unrolled)
-            width, reduced = _width([range(part.count)], products, few, tuning)
+            few = Limits(1, False, self.limits.unrolled)
+            width, reduced = _width([range(part.count)], products, few, self.tuning)
         if not reduced:
-            add(parts, None)
+            yield self._block(parts, None)
             return
         full = part.count - part.count % width
         for start, size, count in (0, width, full // width), (full, part.count - full, 1):
@@ -434,27 +448,28 @@ def _blocks(
                     {a: (p + i, t + i * gap) for a, (p, t) in part.reads[0].items()}
                     for i in range(start, start + size)
                 ]
-                parts[d] = Part(tuple(reads), count, True)
-                add(parts, d)
+                several = Part(tuple(reads), count, True)
+                yield self._block([*parts[:d], several, *parts[d + 1 :]], d)
 
-    def add(parts: Sequence[Part], reduced: int | None) -> None:
+    def _block(self, parts: Sequence[Part], reduced: int | None) -> Block:
+        """Returns the block of one part of each dimension.
+
+        Args:
+          parts: of each dimension.
+          reduced: as in `Block`, if XLA keeps that `reduce`.
+        """
         outputs = math.prod(len(set().union(*part.reads)) for part in parts)
         if outputs == 1 or reduced is not None and len(parts[reduced].reads) == 1:
             reduced = None  # XLA would make one sum of two: of this one and that of all blocks
-        found.append(
-            Block(
-                reads=tuple(part.reads for part in parts),
-                counts=tuple(part.count for part in parts),
-                apart=tuple(
-                    len(part.reads) * axis.rhs_dilation
-                    for part, axis in zip(parts, axes, strict=True)
-                ),
-                reduced=reduced,
-            )
+        return Block(
+            reads=tuple(part.reads for part in parts),
+            counts=tuple(part.count for part in parts),
+            apart=tuple(
+                len(part.reads) * axis.rhs_dilation
+                for part, axis in zip(parts, self.axes, strict=True)
+            ),
+            reduced=reduced,
         )
-
-    build({}, True)
-    return tuple(found)
 
 
 def _one_by_one(row: int, products: int, limits: Limits, tuning: Tuning) -> bool:
