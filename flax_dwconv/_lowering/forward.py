@@ -49,8 +49,8 @@ def _piece_by_piece(
 ) -> jax.Array:
     """Convolves a piece of the batch at a time: padded copies and tiles are as large as it needs.
 
-    From 32 MiB on, glibc takes a block of memory from the system in each call and gives it back. To
-    map and clear its pages takes longer than the convolution itself.
+    Where temporaries and result have more than 32 MiB together, glibc takes memory from the system
+    in each call and gives it back. To map and clear its pages takes longer than the convolution.
     """
     outs = [axis.out for axis in taps.axes]
     shape = (x.shape[0], kernel.shape[0], *outs, x.shape[-1])

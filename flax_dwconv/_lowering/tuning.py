@@ -112,9 +112,10 @@ class Tuning:
       tile_outputs: the most neighbouring outputs of a row that are computed together. Compile time
         grows with them. Layers: 'ConvNeXtTiny-*'.
       batch_temporaries: from as many elements of padded images and tiles on, 20 MiB, a batch is a
-        loop over some of its images. Above, glibc maps the memory anew: for 4 images of 67x67x143
-        and a 7x7 kernel, 22 MiB, the loop takes 0.3 of the time, for 8 images of 34x34x250, 21 MiB,
-        0.7. With 12 to 18 MiB it takes 0.9 to 1.1.
+        loop over some of its images. With a result of half of that, glibc maps memory anew in each
+        call: for a 7x7 kernel, 4 images of 67x67x120, 18.7 MiB and a result of 8.2, cost 400 page
+        faults; 4 images of 67x67x143, 22.3 MiB and 9.8, cost 5,700, and the loop takes 0.3 of the
+        time. With 12 to 18 MiB it takes 0.9 to 1.1.
       loop_temporaries: fewer elements of them than this, 8 MiB, are in memory in one pass of that
         loop, or those of one image. With 2 and with 16 MiB, forward passes of 7x7 and 9x9 kernels
         took as long.
