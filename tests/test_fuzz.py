@@ -256,9 +256,18 @@ ALGORITHMS = {
     "regions": {"efforts": (tuning.Effort(0, 400, 1),), "padded_taps": 0},
     "padded taps": {"efforts": (tuning.Effort(0, 400, 1),), "padded_taps": 99},
     "padded": {"efforts": (tuning.Effort(0, 0, 1),)},
+    "padded, with more channels": {
+        "efforts": (tuning.Effort(0, 0, 1),),
+        "crowded_channels": 1,
+        "more_channels": 3,
+    },
     "short rows": {"efforts": (tuning.Effort(0, 0, 999),)},
     "tiles": {"efforts": (tuning.Effort(0, 0, 999),), "row_outputs": 0, "tile_outputs": 3},
-    "wide tiles": {"efforts": (tuning.Effort(0, 0, 999),), "row_outputs": 0},
+    "wide tiles": {
+        "efforts": (tuning.Effort(0, 0, 999),),
+        "row_outputs": 0,
+        "crowded_channels": 1,
+    },
     "image by image": {
         "efforts": (tuning.Effort(0, 0, 999),),
         "row_outputs": 0,
@@ -306,6 +315,7 @@ ALGORITHMS = {
     },
     "loops over rows": {
         "efforts": (tuning.Effort(0, 0, 1),),
+        "crowded_channels": 1,
         "unrolled_taps": 5,
         "loop_products": 32,
     },

@@ -755,3 +755,9 @@ def test_pieces_of_a_batch_that_overlap(limits, piece, monkeypatch):
     images, channels = piece
     assert f"sizes = [{images}, 6, 7, {channels}]" in text
     np.testing.assert_array_equal(jax.jit(f)(x, kernel), f(x, kernel, "lax"))
+
+
+def test_crowded_pixels_are_copied_apart():
+    x, kernel = jnp.zeros((1, 9, 9, 512)), jnp.zeros((7, 7, 512, 1))
+    text = jax.jit(functools.partial(depthwise_conv2d, padding="same")).lower(x, kernel).as_text()
+    assert "high = [0, 3, 3, 16]" in text and "tensor<1x15x15x528xf32>" in text

@@ -381,6 +381,17 @@ def test_large_images_are_a_loop_over_channels_too():
     assert found == [None, (1, 96), (1, 64)]
 
 
+def test_images_of_crowded_channels_are_copied_with_more():
+    """Not a piece of them, nor an image that is not copied, or of which a device has a part."""
+    found = [planned(forward(1, 28, c, 7)).algorithm.more_channels for c in (512, 768, 1024)]
+    assert found == [16, 0, 16]
+    large = planned(forward(1, 93, 512, 7)).algorithm
+    assert (large.piece, large.more_channels) == ((1, 64), 0)
+    assert planned(forward(1, 28, 512, 3)).algorithm.more_channels == 0
+    shared = dataclasses.replace(forward(1, 28, 512, 7), partitioned=1)
+    assert planned(shared).algorithm.more_channels == 0
+
+
 @pytest.mark.parametrize(
     ("size", "most", "multiple", "found"),
     [

@@ -92,7 +92,7 @@ def _with_every_kernel(x: jax.Array, kernel: jax.Array, taps: plan.Taps) -> jax.
 def _interleaved(x: jax.Array, kernel: jax.Array, taps: plan.Taps) -> jax.Array:
     """Computes every phase and puts its outputs where they belong."""
     if taps.crop is not None:
-        x = windows.crop(x, *taps.crop)
+        x = windows.crop(x, *taps.crop, taps.more_channels)
 
     def build(d: int, phases: Iterator[plan.Phase]) -> jax.Array:
         if d == len(taps.axes):
@@ -245,7 +245,8 @@ class _Tiles:
     inputs.
 
     Attributes:
-      x: the image, padded so that all outputs of all tiles read inside.
+      x: the image, padded so that all outputs of all tiles read inside, perhaps with more channels.
+      channels: how many of them are read.
       shape: that of one output of each tile, `(n, *outs, tiles, c)`.
     """
 
@@ -268,12 +269,15 @@ class _Tiles:
         reach = [
             dataclasses.replace(axis, out=n).reach for axis, n in zip(axes, rounded, strict=True)
         ]
-        self.x = windows.crop(x, [-axis.low for axis in axes], reach)
+        more = taps.more_channels if taps.crop is None else 0  # else `x` has them
+        self.x = windows.crop(x, [-axis.low for axis in axes], reach, more)
+        self.channels = tail[0]
         self.shape = (x.shape[0], *self._blocks, *tail)
 
     def first(self) -> jax.Array:
         """What the first tap reads for the first output of each tile."""
-        image = windows.window(self.x, [0] * len(self._axes), self._blocks, self._steps)
+        start = [0] * len(self._axes)
+        image = windows.window(self.x, start, self._blocks, self._steps, self.channels)
         return windows.repeated(image, self.shape)
 
     def add(
@@ -354,7 +358,8 @@ def _tiles(
     """One phase in tiles, all taps one by one."""
     tiles = _Tiles(x, kernel.shape[len(axes) :], axes, plan_.outputs, plan_.row_by_row, taps)
     outputs: list[sums.Terms] = [{} for _ in range(plan_.outputs)]
-    return tiles.join(tiles.add(outputs, functools.partial(windows.window, tiles.x), kernel))
+    window = functools.partial(windows.window, tiles.x, channels=tiles.channels)
+    return tiles.join(tiles.add(outputs, window, kernel))
 
 
 def _loop(
@@ -375,7 +380,7 @@ def _loop(
             some = lax.dynamic_slice(part, (*at, *zeros), (*columns.taps, *tail))
             at[-1] += columns.start
             start = [a * gap for a, gap in zip(at, apart, strict=True)]
-            window = windows.moving_window(tiles.x, start)
+            window = windows.moving_window(tiles.x, start, channels=tiles.channels)
             return tiles.add([{(): y} for y in outputs], window, some, at)
 
         # Two passes in one. XLA writes the sums elsewhere than it reads them, and after a single

@@ -121,6 +121,8 @@ class Taps:
       phases: all of them, the last dimension fastest.
       piece: how many images and how many channels are convolved at a time, in a loop over such
         pieces of the batch; None: all at once.
+      more_channels: how many channels of zeros a padded image has after its own, see
+        `crowded_channels` in `Tuning`.
       whole: whether each device has all channels.
       parallel: as `parallel_loops` in `Tuning`.
     """
@@ -131,6 +133,7 @@ class Taps:
     counts: tuple[int, ...]
     phases: tuple[Phase, ...]
     piece: tuple[int, int] | None
+    more_channels: int
     whole: bool
     parallel: bool
 
@@ -208,9 +211,13 @@ def choose(
         piece = _piece(examples, channels, temporaries, tuning)
         if piece:
             why += f", {piece[0]} of {examples} images and {piece[1]} channels at a time"
-    parts = tuple(chosen)
+    copied = not any(isinstance(of.algorithm, Regions | Rows) for of in chosen)
+    crowded = (piece[1] if piece else channels) % tuning.crowded_channels == 0
+    more = tuning.more_channels if copied and crowded and whole and not broadcast else 0
     parallel = tuning.parallel_loops
-    return Taps(exchanged, tuple(axes), crop, counts, parts, piece, whole, parallel), why
+    return Taps(
+        exchanged, tuple(axes), crop, counts, tuple(chosen), piece, more, whole, parallel
+    ), why
 
 
 def _piece(

@@ -122,6 +122,11 @@ class Tuning:
       channels_at_once: if one image has `batch_temporaries`, the loop is over its channels too, a
         multiple of this at a time. For one image of 93x93x510 and of 112x112x512 and a 7x7 kernel,
         it takes 0.4 of the time.
+      crowded_channels: a padded image whose channels are a multiple of this, 2 KiB, gets
+        `more_channels`. Else the pixels that a tile reads share a few sets of the cache: with 512
+        and 1,024 channels, 7x7 and 9x9 kernels then take 1.1 to 2.2 times as long. With 128 to 384
+        channels, 640 and 704, more channels gained nothing.
+      more_channels: how many channels of zeros, 64 bytes, a line of the cache.
       row_outputs: rows of at most as many outputs are computed as a whole. Layer:
         'ConvNeXtTiny-4'.
       exchanged_rows_elements: from as many elements on, image and kernel may exchange their roles
@@ -243,6 +248,8 @@ class Tuning:
     batch_temporaries: int = 5 << 20
     loop_temporaries: int = 1 << 21
     channels_at_once: int = 16
+    crowded_channels: int = 512
+    more_channels: int = 16
     exchanged_rows_elements: int = 1 << 19
     unrolled_taps: int = 64
     loop_outputs: int = 4

@@ -19,20 +19,36 @@ Reader = Callable[[Sequence[int], Sequence[int], Sequence[int]], jax.Array]
 
 
 def window(
-    x: jax.Array, start: Sequence[int], counts: Sequence[int], steps: Sequence[int]
+    x: jax.Array,
+    start: Sequence[int],
+    counts: Sequence[int],
+    steps: Sequence[int],
+    channels: int | None = None,
 ) -> jax.Array:
-    """Returns `counts` positions of each spatial dimension, from `start`, `steps` apart."""
+    """Returns `counts` positions of each spatial dimension, from `start`, `steps` apart.
+
+    Args:
+      x: `(n, *sizes, c)`.
+      start: the first position of each spatial dimension.
+      counts: how many of them.
+      steps: the distance from one to the next.
+      channels: how many, the first ones; None is all.
+    """
     # With a step, a single element of a sharded dimension may be a wrong one (jaxlib 0.10.2 and
     # 0.12.0.1).
     steps = [step if n > 1 else 1 for n, step in zip(counts, steps, strict=True)]
     stop = [s + (n - 1) * step + 1 for s, n, step in zip(start, counts, steps, strict=True)]
-    tail = x.shape[len(stop) + 1 :]
+    tail = x.shape[len(stop) + 1 :] if channels is None else (channels,)
     zeros, ones = [0 for _ in tail], [1 for _ in tail]
     return lax.slice(x, (0, *start, *zeros), (x.shape[0], *stop, *tail), (1, *steps, *ones))
 
 
 def moving_window(
-    x: jax.Array, start: Sequence[Any], first: Any = 0, images: int | None = None
+    x: jax.Array,
+    start: Sequence[Any],
+    first: Any = 0,
+    images: int | None = None,
+    channels: int | None = None,
 ) -> Reader:
     """Returns a function like `window` of `x`, whose positions count from `start`.
 
@@ -41,6 +57,7 @@ def moving_window(
       start: a position of each spatial dimension, known when the program runs.
       first: the first image, known when the program runs.
       images: how many of them; None is all.
+      channels: how many, the first ones; None is all.
     """
     shifted = functools.cache(lambda d, a: start[d] + a)
 
@@ -48,7 +65,7 @@ def moving_window(
         # A slice of its own for each window: XLA would copy one that they share.
         sizes = [(n - 1) * step + 1 for n, step in zip(counts, steps, strict=True)]
         corner = [shifted(d, a) for d, a in enumerate(at)]
-        tail = x.shape[len(at) + 1 :]
+        tail = x.shape[len(at) + 1 :] if channels is None else (channels,)
         at_once = x.shape[0] if images is None else images
         y = lax.dynamic_slice(
             x,
@@ -78,8 +95,15 @@ def unravel(i: jax.Array, grid: Sequence[int]) -> list[Any]:
     return at[::-1]
 
 
-def crop(x: jax.Array, first: Sequence[int], sizes: Sequence[int]) -> jax.Array:
-    """Returns `sizes` positions of each spatial dimension from `first` on, zeros outside `x`."""
+def crop(x: jax.Array, first: Sequence[int], sizes: Sequence[int], channels: int = 0) -> jax.Array:
+    """Returns `sizes` positions of each spatial dimension from `first` on, zeros outside `x`.
+
+    Args:
+      x: `(n, *sizes, c)`.
+      first: a position of each spatial dimension.
+      sizes: how many positions.
+      channels: how many channels of zeros to add.
+    """
     dims = list(zip(first, sizes, x.shape[1:-1], strict=True))
     start = [min(max(lo, 0), old) for lo, _, old in dims]
     stop = [min(max(lo + size, at), old) for (lo, size, old), at in zip(dims, start, strict=True)]
@@ -90,9 +114,9 @@ def crop(x: jax.Array, first: Sequence[int], sizes: Sequence[int]) -> jax.Array:
         (at - lo if at < end else size, lo + size - end if at < end else 0, 0)
         for (lo, size, _), at, end in zip(dims, start, stop, strict=True)
     ]
-    if not any(map(any, pads)):
+    if not any(map(any, pads)) and not channels:
         return x
-    return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
+    return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *pads, (0, channels, 0)])
 
 
 def pad(x: jax.Array, dim: int, before: int, after: int) -> jax.Array:
