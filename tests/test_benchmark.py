@@ -186,27 +186,54 @@ def test_gradients_of_a_stack(name):
     assert ["stablehlo.convolution" in text for text in texts] == [False, True]
 
 
-def test_stacks_are_compiled_by_both_methods(monkeypatch, capsys, tmp_path):
+def test_stacks_are_compiled_by_both_methods(monkeypatch):
     monkeypatch.setattr(stacks, "STACKS", {"2 of 3x3": [((5, 6, 4), 3)] * 2})
     monkeypatch.setattr(stacks, "EQUAL", stacks.STACKS)
+    methods, gradients, cleared = [], stacks.gradients, []
+    monkeypatch.setattr(jax, "clear_caches", lambda: cleared.append(True))
+
+    def recorded(name, method):
+        methods.append(method)
+        return gradients(name, method)
+
+    monkeypatch.setattr(stacks, "gradients", recorded)
     (row,) = stacks.stacks(rounds=2)
     assert row["stack"] == "2 of 3x3" and [*row] == ["stack", "auto", "lax"]
     assert all(len(row[method]) == 2 and min(row[method]) > 0 for method in stacks.METHODS)
+    assert methods == ["auto", "lax", "lax", "auto"] and len(cleared) == 4
 
-    made_up = [{"stack": "a", "auto": [9, 3, 2], "lax": [1, 1, 5]}]
-    made_up += [{"stack": "b", "auto": [12], "lax": [1]}]
-    monkeypatch.setattr(stacks, "stacks", lambda rounds: made_up[:rounds])
+
+def test_the_table_of_stacks(monkeypatch, capsys, tmp_path):
+    made_up = {"a": {"auto": [9, 3, 2], "lax": [1, 1, 5]}, "b": {"auto": [12], "lax": [1]}}
+    rounds = []
+
+    def measured(name, count):
+        rounds.append(count)
+        return {"stack": name} | made_up[name]
+
+    monkeypatch.setattr(stacks, "STACKS", made_up)
+    monkeypatch.setattr(stacks, "measured", measured)
     file = tmp_path / "stacks.json"
-    assert program.main(["--stacks", "--json", str(file)]) == 0
-    assert json.loads(file.read_text()) == made_up
+    assert program.main(["--stacks", "--rounds", "4", "--json", str(file)]) == 0
+    assert json.loads(file.read_text()) == [measured(name, 0) for name in made_up]
     text = capsys.readouterr().out
     assert "| a " in text and "3.00 |" in text and "3.00x |" in text
     assert text.endswith("Geometric mean 6.00x, at most 12.0x.\n")
+    assert program.main(["--stacks", "--quick"]) == program.main(["--stacks"]) == 0
+    assert rounds == [4, 4, 0, 0, 3, 3, 5, 5]
 
 
-def test_a_run_that_was_stopped_at_once(monkeypatch):
-    monkeypatch.setattr(stacks, "stacks", lambda rounds: [])
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_a_run_of_stacks_that_is_stopped(name, monkeypatch, capsys):
+    def measured(stack, _):
+        if stack == name:
+            raise KeyboardInterrupt
+        return {"stack": stack, "auto": [2], "lax": [1]}
+
+    monkeypatch.setattr(stacks, "STACKS", {"a": [], "b": []})
+    monkeypatch.setattr(stacks, "measured", measured)
     assert program.main(["--stacks"]) == 130
+    assert ("at most 2.00x" in capsys.readouterr().out) == (name == "b")
 
 
 # How it is timed

@@ -742,19 +742,33 @@ def test_pieces_of_a_batch_that_overlap(limits, piece, monkeypatch):
     constants = dataclasses.replace(
         tuning.TUNING,
         efforts=(tuning.Effort(0, region_taps=0, products=1),),
+        channels_overlap=2.0,
         **limits,
     )
     monkeypatch.setattr(tuning, "TUNING", constants)
     rng = np.random.default_rng(0)
     x, kernel = integers(rng, (7, 6, 7, 5)), integers(rng, (3, 3, 5, 1))
 
-    def f(x, kernel, method="auto"):
+    def conv(x, kernel, method="auto"):
         return depthwise_conv2d(x, kernel, padding="same", method=method)
 
-    text = jax.jit(f).lower(x, kernel).as_text()
+    lowered = jax.jit(conv).lower(x, kernel)
     images, channels = piece
-    assert f"sizes = [{images}, 6, 7, {channels}]" in text
-    np.testing.assert_array_equal(jax.jit(f)(x, kernel), f(x, kernel, "lax"))
+    assert f"sizes = [{images}, 6, 7, {channels}]" in lowered.as_text()
+    assert "xla_cpu_small_call" not in lowered.compile().as_text()  # on one thread, all of it
+    np.testing.assert_array_equal(jax.jit(conv)(x, kernel), conv(x, kernel, "lax"))
+
+    def gradients(method):
+        f = functools.partial(conv, method=method)
+        return jax.jit(jax.grad(lambda *args: (f(*args) ** 2).sum(), (0, 1)))(x, kernel)
+
+    jax.tree.map(np.testing.assert_array_equal, gradients("auto"), gradients("lax"))
+
+
+def test_weights_are_parts_of_a_flat_array():
+    x, kernel = jnp.zeros((8, 5, 5, 8)), jnp.zeros((3, 3, 8, 1))
+    text = jax.jit(depthwise_conv2d).lower(x, kernel).as_text()
+    assert text.count("(tensor<72xf32>) -> tensor<8xf32>") == 9
 
 
 def test_crowded_pixels_are_copied_apart():

@@ -379,6 +379,10 @@ def test_large_images_are_a_loop_over_channels_too():
         planned(forward(n, 93, c, 7)).algorithm.piece for n, c in ((1, 284), (1, 285), (3, 510))
     ]
     assert found == [None, (1, 96), (1, 64)]
+    # Pieces of 16 of 17 channels would compute nearly everything twice.
+    sizes = [(1, 16), (1, 17), (2, 17), (1, 48)]
+    found = [planned(forward(n, 410, c, 7)).algorithm.piece for n, c in sizes]
+    assert found == [None, None, (1, 17), (1, 16)]
 
 
 def test_images_of_crowded_channels_are_copied_with_more():

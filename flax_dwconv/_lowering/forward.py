@@ -64,17 +64,15 @@ def _piece_by_piece(
         i = workarounds.parallel(i) if taps.parallel else i
         first, channel = [a * n for a, n in zip(windows.unravel(i, grid), piece, strict=True)]
 
-        def part(array: jax.Array, sizes: Sequence[int], first: Any) -> jax.Array:
-            """Returns a part of `array` that begins at this image and channel.
-
-            The last part begins earlier, if it would end outside: then some outputs are computed
-            once more.
-            """
-            corner = (first, *[0] * (array.ndim - 2), channel)
+        def part(array: jax.Array, image: Any, sizes: Sequence[int]) -> jax.Array:
+            """Returns a part of `array` that begins at an image, or a kernel, and at `channel`."""
+            corner = (image, *[0] * (array.ndim - 2), channel)
             return lax.dynamic_slice(array, corner, sizes, allow_negative_indices=False)
 
-        some = part(x, (images, *x.shape[1:-1], channels), first)
-        results = _with_every_kernel(some, part(kernel, (*kernel.shape[:-1], channels), 0), taps)
+        # The last piece may end outside. `dynamic_slice` and `dynamic_update_slice` then begin
+        # earlier, both alike, and some outputs are computed once more.
+        some = part(x, first, (images, *x.shape[1:-1], channels))
+        results = _with_every_kernel(some, part(kernel, 0, (*kernel.shape[:-1], channels)), taps)
         results = results.reshape(images, *flat[1:-1], channels)
         corner = (first, *[0] * (y.ndim - 2), channel)
         return lax.dynamic_update_slice(y, results, corner, allow_negative_indices=False)

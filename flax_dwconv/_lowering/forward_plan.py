@@ -123,7 +123,7 @@ class Taps:
         pieces of the batch; None: all at once.
       more_channels: how many channels of zeros a padded image has after its own, see
         `crowded_channels` in `Tuning`.
-      whole: whether each device has all channels.
+      whole: as in `choose`.
       parallel: as `parallel_loops` in `Tuning`.
     """
 
@@ -156,8 +156,9 @@ def choose(
       channels: of image and kernel.
       tuning: the constants.
       broadcast: whether what a tap reads is repeated in the loop, for each filter of a channel.
-      whole: whether no device has only a part of the arrays. Then the batch may be a loop, and the
-        weights of all taps one flat array.
+      whole: whether it is known that no device has only a part of the arrays: on CPU, in a program
+        that is not partitioned. Then the batch may be a loop, and the weights of all taps one flat
+        array.
     """
     larger = math.prod(axis.kernel for axis in axes) > math.prod(axis.size for axis in axes)
     exchanged = larger and not broadcast
@@ -180,9 +181,9 @@ def choose(
     # stride 2. With several filters, the padded image is small beside the result.
     divisible = whole and not (exchanged or interleaved or broadcast)
     most = effort.region_taps
-    if channels % tuning.vector and not interleaved and effort.products > 1:
-        at_least = channels * _temporaries(axes, Tiles(1, False)) * (1 if divisible else examples)
-        if at_least < tuning.batch_temporaries:
+    if channels % tuning.vector:
+        tiles = _temporaries(axes, Tiles(outputs=1, row_by_row=False))
+        if channels * tiles * (1 if divisible else examples) < tuning.batch_temporaries:
             most = min(most, tuning.unaligned_region_taps)
     padded, region_taps = _regions(phases, most, tuning)
     reason = None if interleaved else _better_in_tiles(axes, effort, tuning)
@@ -199,11 +200,12 @@ def choose(
             algorithm = _padded(geometry, effort.products, tuning, rows, examples * channels)
         chosen.append(Phase(taps, geometry, algorithm))
     counts = tuple(len(of_axis) for of_axis in phases)
+    unaligned = f" of {channels} channels" if most < effort.region_taps else ""
     why = reason or "{} taps in regions, {} {} for {}".format(
         region_taps,
         "at most" if regions else "more than",
         most,
-        "an image in phases" if interleaved else f"{elements} elements",
+        "an image in phases" if interleaved else f"{elements} elements{unaligned}",
     )
     piece = None
     if divisible:
@@ -236,11 +238,17 @@ def _piece(
     most = tuning.loop_temporaries - 1
     if channels * temporaries < tuning.batch_temporaries:
         return nearly_dividing(examples, most // (channels * temporaries)), channels
-    return 1, nearly_dividing(channels, most // temporaries, tuning.channels_at_once)
+    some = nearly_dividing(channels, most // temporaries, tuning.channels_at_once)
+    # Pieces of 16 of 17 channels would compute nearly everything twice.
+    few = -(-channels // some) * some <= tuning.channels_overlap * channels
+    piece = 1, some if few else channels
+    return None if piece == (examples, channels) else piece
 
 
 def nearly_dividing(size: int, most: int, multiple: int = 1) -> int:
-    """Returns the size of equal pieces that cover `size` and overlap as little as possible.
+    """Returns the size of equal pieces that cover `size`: of some sizes, that which overlaps least.
+
+    Sizes of a quarter of the largest and less are not tried: each piece costs time of its own.
 
     Args:
       size: what is to be covered.
@@ -342,7 +350,7 @@ def _better_in_tiles(axes: Sequence[Axis], effort: Effort, tuning: Tuning) -> st
 
 
 def _padded(
-    axes: Sequence[Axis], products: int, tuning: Tuning, may_exchange: bool, images: int
+    axes: Sequence[Axis], products: int, tuning: Tuning, may_exchange: bool, planes: int
 ) -> Zeros | Rows | Tiles | Loop:
     """Returns the algorithm for a phase that has no regions.
 
@@ -351,7 +359,7 @@ def _padded(
       products: the most products of a pass of the inner loop; with 1, outputs are single ones.
       tuning: the constants.
       may_exchange: whether image and kernel may exchange their roles along some dimensions.
-      images: how many there are, times channels.
+      planes: images times channels.
     """
     sizes = [axis.kernel for axis in axes]
     taps = math.prod(sizes)
@@ -362,8 +370,8 @@ def _padded(
         passes = _passes(sizes, outputs, tuning)
         row_by_row = outputs >= tuning.outputs_row_by_row
         loop = Loop(outputs, row_by_row, passes, tuning.parallel_loops)
-        in_cache = images * _temporaries(axes, loop) < tuning.batch_temporaries
-        if in_cache or products < outputs * taps:
+        small = planes * _temporaries(axes, loop) < tuning.batch_temporaries
+        if small or products < outputs * taps:
             return loop
     if products > 1 and axes[-1].out <= tuning.row_outputs:
         exchanged = tuple(

@@ -155,7 +155,8 @@ def choose(
       channels: of image and cotangent.
       tuning: the constants.
       filters: for each channel.
-      whole: whether no device has only a part of the arrays. Then the batch may be a loop.
+      whole: whether it is known that no device has only a part of the arrays. Then the batch may be
+        a loop.
     """
     exchanged = any(axis.lhs_dilation > 1 for axis in axes)
     if exchanged:
@@ -265,7 +266,7 @@ def _choose(
             for axis, n, gap in zip(of_passes, grid, apart, strict=True)
         ]
         corners = itertools.product(*starts)
-        blocks = [_Pass(of_passes, at, taps, along, limits, tuning).blocks() for at in corners]
+        blocks = [_Partition(of_passes, at, taps, along, limits, tuning).blocks() for at in corners]
         # The partial sums of all passes are in memory at the same time. With several filters, they
         # are as large as so many cotangents.
         partial = sum(_partial_sums(taps, of) for of in blocks)
@@ -281,7 +282,7 @@ def _choose(
         start[along], first[along] = first[along], 0
         extent[along] = reach[along] = longest.size
     inner = [dataclasses.replace(axis, size=e) for axis, e in zip(axes, extent, strict=True)]
-    blocks = _Pass(inner, start, taps, along, limits, tuning).blocks()
+    blocks = _Partition(inner, start, taps, along, limits, tuning).blocks()
     loop = Loop(tuple(first), tuple(reach), tuple(apart))
     return result([blocks], None, loop), f"{why}; passes in a loop: {passes}"
 
@@ -326,7 +327,7 @@ def _is_unrolled(passes: int, products: int, elements: int, tuning: Tuning) -> b
 
 
 @dataclasses.dataclass(frozen=True)
-class _Pass:
+class _Partition:
     """One pass of a kernel gradient, which is cut into blocks.
 
     Along each dimension, each tap has its own positions of the cotangent: those for which it reads
@@ -430,7 +431,7 @@ class _Pass:
         }
 
     def _rest(self, parts: list[Part]) -> Iterator[Block]:
-        """Yields few products: several blocks along the dimension that has the most of them."""
+        """Yields the blocks of few products: several along the dimension with the highest count."""
         d = max(range(len(parts)), key=lambda d: parts[d].count)
         part, gap = parts[d], self.axes[d].rhs_dilation
         width, reduced = 1, False
@@ -456,11 +457,12 @@ class _Pass:
 
         Args:
           parts: of each dimension.
-          reduced: as in `Block`, if XLA keeps that `reduce`.
+          reduced: the dimension that one `reduce` should sum up, or None. It is none after all
+            where XLA would merge that `reduce` with the sum of all blocks.
         """
         outputs = math.prod(len(set().union(*part.reads)) for part in parts)
         if outputs == 1 or reduced is not None and len(parts[reduced].reads) == 1:
-            reduced = None  # XLA would make one sum of two: of this one and that of all blocks
+            reduced = None  # XLA would merge a `reduce` of a single array, or over one position
         return Block(
             reads=tuple(part.reads for part in parts),
             counts=tuple(part.count for part in parts),

@@ -66,9 +66,9 @@ class Tuning:
         copies, with their pads, may have this many times the elements of image and result together;
         for a kernel gradient, of image and cotangent. Beyond that, what a tap reads is broadcast to
         the filters instead.
-      vector: filters are broadcast in any case if their number is a multiple of this, or at least
-        32. Other numbers are padded with zeros: without that, 35 filters of 16 taps take 3.9 times
-        as long, 126 of 49 taps 4.8 times.
+      vector: the float32 numbers of a vector. Filters are broadcast in any case if their number is
+        a multiple of this, or at least 32. Other numbers are padded with zeros: without that, 35
+        filters of 16 taps take 3.9 times as long, 126 of 49 taps 4.8 times.
       vector_taps: the fewest taps for which that is done. It costs a copy of the result: with a
         single tap, twice the time.
       overlap_filters: the fewest filters of a channel for which an input gradient is a product over
@@ -87,12 +87,12 @@ class Tuning:
         cache. For a 7x7 kernel, tiles of 4 outputs instead of 2 would take 0.8 to 0.9 of the time,
         but the 18 layers of a ConvNeXtTiny half a second longer to compile. Layers:
         'MobileNetV1-*' 'ConvNeXtTiny-*'.
-      unaligned_region_taps: the same if the channels are no multiple of `vector`, so that vectors
-        do not begin where lines of the cache do, and if no more than `batch_temporaries` of padded
-        images and tiles have to be in memory at a time. In tiles, which load less for each product,
-        a 5x5 kernel then takes 0.65 to 1.7 times as long, 0.97 in the mean of fourteen layers, and
-        compiles in half the time. With 64 to 256 channels, all multiples, regions take 0.5 to 0.95
-        of the time of tiles.
+      unaligned_region_taps: the most `region_taps` of an effort if the channels are no multiple of
+        `vector`, and if no more than `batch_temporaries` of padded images and tiles have to be in
+        memory at a time. Vectors then cross the lines of the cache, and tiles load less for each
+        product. In tiles, a 5x5 kernel takes 0.65 to 1.7 times as long, 0.97 in the mean of
+        fourteen layers, and compiles in half the time; other kernels were not measured. With 64 to
+        256 channels, all multiples, regions take 0.5 to 0.95 of the time of tiles.
       padded_taps: the most taps of an image in regions that are padded, each by itself, because
         they read outside for some outputs. Padding them saves regions: a 3x3 kernel would have 49
         taps. Four padded taps are slower: 4 times for a 5x5 kernel along one dimension; and for a
@@ -115,13 +115,16 @@ class Tuning:
         loop over some of its images. With a result of half of that, glibc maps memory anew in each
         call: for a 7x7 kernel, 4 images of 67x67x120, 18.7 MiB and a result of 8.2, cost 400 page
         faults; 4 images of 67x67x143, 22.3 MiB and 9.8, cost 5,700, and the loop takes 0.3 of the
-        time. With 12 to 18 MiB it takes 0.9 to 1.1.
+        time. With 12 to 18 MiB it takes 0.9 to 1.1. For the same reason it is a limit in
+        `unaligned_region_taps`, `unrolled_taps` and `gradient_temporaries`.
       loop_temporaries: fewer elements of them than this, 8 MiB, are in memory in one pass of that
-        loop, or those of one image. With 2 and with 16 MiB, forward passes of 7x7 and 9x9 kernels
-        took as long.
+        loop, or those of one image, or of `channels_at_once`. With 2 and with 16 MiB, forward
+        passes of 7x7 and 9x9 kernels took as long.
       channels_at_once: if one image has `batch_temporaries`, the loop is over its channels too, a
         multiple of this at a time. For one image of 93x93x510 and of 112x112x512 and a 7x7 kernel,
-        it takes 0.4 of the time.
+        it takes 0.4 of the time, for 48 to 285 channels 0.85 to 1.03.
+      channels_overlap: channels are not cut if the pieces were more than this many times all of
+        them. Pieces of 16 of 17, 24 and 33 channels took 1.4 to 1.9 times as long as the whole.
       crowded_channels: a padded image whose channels are a multiple of this, 2 KiB, gets
         `more_channels`. Else the pixels that a tile reads share a few sets of the cache: with 512
         and 1,024 channels, 7x7 and 9x9 kernels then take 1.1 to 2.2 times as long. With 128 to 384
@@ -133,12 +136,11 @@ class Tuning:
         in such rows. For 32 images of 7x7x768 and a 7x7 kernel, not exchanging them takes 1.25
         times as long; for 8 and for one, 0.85 and 1.0 times. Exchanged, a pixel that is not a
         number reaches outputs that do not see it. Layer: 'ConvNeXtTiny-4'.
-      unrolled_taps: the most taps that are always compiled one by one. More are a loop, if what it
-        sums up, which is in memory twice, and the padded images are fewer elements than
-        `batch_temporaries`, or if the effort has no room for tiles of `loop_outputs`. For 9x9
-        kernels the loop takes 0.6 to 1.0 of the time of tiles where it stays below, and above 0.9
-        to 2.6 times as long, 1.6 in the mean of ten layers. Tiles of kernels of 11x11 and more take
-        5 to 9 times as long.
+      unrolled_taps: the most taps that are always compiled one by one. More are a loop if fewer
+        elements than `batch_temporaries` are in memory with it, its sums counted twice, or if the
+        effort has no room for tiles of `loop_outputs`. For 9x9 kernels, the loop takes 0.6 to 1.0
+        of the time of tiles if there are fewer, and else 0.9 to 2.6 times as long, 1.6 in the mean
+        of ten layers. For kernels of 11x11 and more, tiles take 5 to 9 times as long as the loop.
       loop_outputs: neighbouring outputs that a loop over a kernel computes together.
       loop_products: the most products in one pass of such a loop. Compile time grows with them.
       outputs_row_by_row: from as many outputs on, outputs that are computed together are summed up
@@ -248,6 +250,7 @@ class Tuning:
     batch_temporaries: int = 5 << 20
     loop_temporaries: int = 1 << 21
     channels_at_once: int = 16
+    channels_overlap: float = 1.125
     crowded_channels: int = 512
     more_channels: int = 16
     exchanged_rows_elements: int = 1 << 19
@@ -287,7 +290,7 @@ class Tuning:
 TUNING = Tuning()
 # On other platforms, where only `method="taps"` is compiled here: what one writes by hand. A padded
 # image, all taps of a single output one by one; for the gradient of a tap, the sum over all
-# positions at once. Nothing of it was tuned. As on CPU, more than 64 taps are a loop.
+# positions at once. Nothing of it was tuned. More than 64 taps are a loop.
 ELSEWHERE = Tuning(
     efforts=(Effort(0, region_taps=0, products=1),),
     loop_outputs=1,

@@ -89,13 +89,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     try:
         if args.scan or args.stacks:
-            rows = stacks.stacks(args.rounds or 5) if args.stacks else scan.scan(*args.scan)
-            if not rows:  # Ctrl-C
-                return 130
+            if args.stacks:
+                rows, wanted = stacks.stacks(args.rounds or (3 if args.quick else 5)), stacks.STACKS
+            else:
+                rows, wanted = scan.scan(*args.scan), range(len(scan.PROGRAMS) * args.scan[2])
             if args.json:
                 args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-            print((stacks if args.stacks else scan).markdown(rows))
-            return 0
+            if rows:
+                print((stacks if args.stacks else scan).markdown(rows))
+            return 0 if len(rows) == len(wanted) else 130  # Ctrl-C
         if args.report:
             document = json.loads(args.report.read_text(encoding="utf-8"))
         else:
