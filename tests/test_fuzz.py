@@ -251,18 +251,18 @@ TRANSFORMATIONS = {
 }
 
 # The algorithms for large images and kernels, on small ones: their limits are lowered to these.
+REGIONS = {"efforts": (tuning.Effort(0, 400, 1),), "unaligned_region_taps": 400}
+SOME_CHANNELS = {
+    "efforts": (tuning.Effort(0, 0, 1),),
+    "batch_temporaries": 0,
+    "loop_temporaries": 500,
+    "channels_at_once": 2,
+    "channels_overlap": 2.0,
+}
 ALGORITHMS = {
     "as is": {},
-    "regions": {
-        "efforts": (tuning.Effort(0, 400, 1),),
-        "padded_taps": 0,
-        "unaligned_region_taps": 400,
-    },
-    "padded taps": {
-        "efforts": (tuning.Effort(0, 400, 1),),
-        "padded_taps": 99,
-        "unaligned_region_taps": 400,
-    },
+    "regions": REGIONS | {"padded_taps": 0},
+    "padded taps": REGIONS | {"padded_taps": 99},
     "padded": {"efforts": (tuning.Effort(0, 0, 1),)},
     "padded, with more channels": {
         "efforts": (tuning.Effort(0, 0, 1),),
@@ -287,22 +287,8 @@ ALGORITHMS = {
         "batch_temporaries": 1000,
         "loop_temporaries": 1000,
     },
-    "some channels at a time": {
-        "efforts": (tuning.Effort(0, 0, 1),),
-        "batch_temporaries": 0,
-        "loop_temporaries": 500,
-        "channels_at_once": 2,
-        "channels_overlap": 2.0,
-    },
-    "loops over some channels at a time": {
-        "efforts": (tuning.Effort(0, 0, 1),),
-        "unrolled_taps": 5,
-        "loop_products": 8,
-        "batch_temporaries": 0,
-        "loop_temporaries": 500,
-        "channels_at_once": 2,
-        "channels_overlap": 2.0,
-    },
+    "some channels at a time": SOME_CHANNELS,
+    "loops over some channels at a time": SOME_CHANNELS | {"unrolled_taps": 5, "loop_products": 8},
     "not padded": {"padded_elements": 0, "short_row_products": 0, "unrolled_products": 20},
     "one by one": {"padded_elements": 0, "one_by_one_elements": 0},
     "one by one, in blocks": {

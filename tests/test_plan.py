@@ -356,7 +356,7 @@ def test_channels_that_vectors_do_not_divide_have_fewer_regions():
         (4, 42, 280, 11, "Loop"),  # 121 taps for each of 4 outputs are more than 400 products
     ],
 )
-def test_many_taps_are_a_loop_where_its_sums_stay_in_a_cache(n, size, c, k, algorithm):
+def test_many_taps_are_a_loop_if_its_sums_and_the_images_are_small(n, size, c, k, algorithm):
     assert kinds(planned(forward(n, size, c, k))) == [algorithm]
 
 

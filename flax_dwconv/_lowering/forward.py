@@ -64,15 +64,17 @@ def _piece_by_piece(
         i = workarounds.parallel(i) if taps.parallel else i
         first, channel = [a * n for a, n in zip(windows.unravel(i, grid), piece, strict=True)]
 
-        def part(array: jax.Array, image: Any, sizes: Sequence[int]) -> jax.Array:
-            """Returns a part of `array` that begins at an image, or a kernel, and at `channel`."""
-            corner = (image, *[0] * (array.ndim - 2), channel)
-            return lax.dynamic_slice(array, corner, sizes, allow_negative_indices=False)
+        still = [0] * len(outs)
 
         # The last piece may end outside. `dynamic_slice` and `dynamic_update_slice` then begin
         # earlier, both alike, and some outputs are computed once more.
-        some = part(x, first, (images, *x.shape[1:-1], channels))
-        results = _with_every_kernel(some, part(kernel, 0, (*kernel.shape[:-1], channels)), taps)
+        def part(array: jax.Array, image: Any, count: int) -> jax.Array:
+            """Returns `count` images, or kernels, from `image` on, of this piece's channels."""
+            sizes = (count, *array.shape[1:-1], channels)
+            corner = (image, *still, channel)
+            return lax.dynamic_slice(array, corner, sizes, allow_negative_indices=False)
+
+        results = _with_every_kernel(part(x, first, images), part(kernel, 0, len(kernel)), taps)
         results = results.reshape(images, *flat[1:-1], channels)
         corner = (first, *[0] * (y.ndim - 2), channel)
         return lax.dynamic_update_slice(y, results, corner, allow_negative_indices=False)
@@ -253,12 +255,12 @@ class _Tiles:
         x: jax.Array,
         tail: Sequence[int],
         axes: Sequence[Axis],
-        outputs: int,
-        row_by_row: bool,
+        algorithm: plan.Tiles | plan.Loop,
         taps: plan.Taps,
     ) -> None:
         *outs, last = [axis.out for axis in axes]
-        self._axes, self._outputs, self._row_by_row = axes, outputs, row_by_row
+        outputs = algorithm.outputs
+        self._axes, self._outputs, self._row_by_row = axes, outputs, algorithm.row_by_row
         self._exchanged, self._whole = taps.exchanged, taps.whole
         self._blocks = [*outs, -(-last // outputs)]
         self._steps = [axis.stride for axis in axes]
@@ -354,7 +356,7 @@ def _tiles(
     x: jax.Array, kernel: jax.Array, axes: Sequence[Axis], plan_: plan.Tiles, taps: plan.Taps
 ) -> jax.Array:
     """One phase in tiles, all taps one by one."""
-    tiles = _Tiles(x, kernel.shape[len(axes) :], axes, plan_.outputs, plan_.row_by_row, taps)
+    tiles = _Tiles(x, kernel.shape[len(axes) :], axes, plan_, taps)
     outputs: list[sums.Terms] = [{} for _ in range(plan_.outputs)]
     window = functools.partial(windows.window, tiles.x, channels=tiles.channels)
     return tiles.join(tiles.add(outputs, window, kernel))
@@ -365,7 +367,7 @@ def _loop(
 ) -> jax.Array:
     """One phase in tiles, whose taps are loops: a kernel with many taps compiles in time."""
     tail = kernel.shape[len(axes) :]
-    tiles = _Tiles(x, tail, axes, loop.outputs, loop.row_by_row, taps)
+    tiles = _Tiles(x, tail, axes, loop, taps)
     apart, zeros = [axis.rhs_dilation for axis in axes], [0 for _ in tail]
 
     def add_columns(outputs: list[jax.Array], columns: plan.Pass) -> list[jax.Array]:

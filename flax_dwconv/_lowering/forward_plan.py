@@ -199,7 +199,6 @@ def choose(
         if not regions:
             algorithm = _padded(geometry, effort.products, tuning, rows, examples * channels)
         chosen.append(Phase(taps, geometry, algorithm))
-    counts = tuple(len(of_axis) for of_axis in phases)
     unaligned = f" of {channels} channels" if most < effort.region_taps else ""
     why = reason or "{} taps in regions, {} {} for {}".format(
         region_taps,
@@ -216,10 +215,18 @@ def choose(
     copied = not any(isinstance(of.algorithm, Regions | Rows) for of in chosen)
     crowded = (piece[1] if piece else channels) % tuning.crowded_channels == 0
     more = tuning.more_channels if copied and crowded and whole and not broadcast else 0
-    parallel = tuning.parallel_loops
-    return Taps(
-        exchanged, tuple(axes), crop, counts, tuple(chosen), piece, more, whole, parallel
-    ), why
+    found = Taps(
+        exchanged=exchanged,
+        axes=tuple(axes),
+        crop=crop,
+        counts=tuple(len(of_axis) for of_axis in phases),
+        phases=tuple(chosen),
+        piece=piece,
+        more_channels=more,
+        whole=whole,
+        parallel=tuning.parallel_loops,
+    )
+    return found, why
 
 
 def _piece(
