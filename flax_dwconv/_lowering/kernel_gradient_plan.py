@@ -431,7 +431,7 @@ class _Partition:
         }
 
     def _rest(self, parts: list[Part]) -> Iterator[Block]:
-        """Yields the blocks of few products: several along the dimension with the highest count."""
+        """Yields blocks of what is left, each of several neighbours along the longest dimension."""
         d = max(range(len(parts)), key=lambda d: parts[d].count)
         part, gap = parts[d], self.axes[d].rhs_dilation
         width, reduced = 1, False
@@ -457,12 +457,12 @@ class _Partition:
 
         Args:
           parts: of each dimension.
-          reduced: the dimension that one `reduce` should sum up, or None. It is none after all
+          reduced: the dimension that one `reduce` should sum up, or None. The block has None too
             where XLA would merge that `reduce` with the sum of all blocks.
         """
         outputs = math.prod(len(set().union(*part.reads)) for part in parts)
         if outputs == 1 or reduced is not None and len(parts[reduced].reads) == 1:
-            reduced = None  # XLA would merge a `reduce` of a single array, or over one position
+            reduced = None  # of a single array, or over one position, XLA would merge it
         return Block(
             reads=tuple(part.reads for part in parts),
             counts=tuple(part.count for part in parts),

@@ -88,11 +88,12 @@ class Tuning:
         but the 18 layers of a ConvNeXtTiny half a second longer to compile. Layers:
         'MobileNetV1-*' 'ConvNeXtTiny-*'.
       unaligned_region_taps: the most `region_taps` of an effort if the channels are no multiple of
-        `vector`, and if no more than `batch_temporaries` of padded images and tiles have to be in
-        memory at a time. Vectors then cross the lines of the cache, and tiles load less for each
-        product. In tiles, a 5x5 kernel takes 0.65 to 1.7 times as long, 0.97 in the mean of
-        fourteen layers, and compiles in half the time; other kernels were not measured. With 64 to
-        256 channels, all multiples, regions take 0.5 to 0.95 of the time of tiles.
+        `vector`, so that vectors cross the lines of the cache. It does not hold if
+        `batch_temporaries` or more of padded images and tiles would have to be in memory at a time.
+        Tiles load less for each product: a 5x5 kernel takes 0.65 to 1.7 times as long in tiles as
+        in regions, 0.97 in the mean of fourteen layers, and compiles in half the time. Other
+        kernels were not measured. With 64 to 256 channels, all multiples, regions take 0.5 to 0.95
+        of the time of tiles.
       padded_taps: the most taps of an image in regions that are padded, each by itself, because
         they read outside for some outputs. Padding them saves regions: a 3x3 kernel would have 49
         taps. Four padded taps are slower: 4 times for a 5x5 kernel along one dimension; and for a
@@ -111,20 +112,21 @@ class Tuning:
         outputs take for 27 to 50 taps, 0.6 to 1.2 for 16 to 25, 0.8 to 4.7 for 11 and fewer.
       tile_outputs: the most neighbouring outputs of a row that are computed together. Compile time
         grows with them. Layers: 'ConvNeXtTiny-*'.
-      batch_temporaries: from as many elements of padded images and tiles on, 20 MiB, a batch is a
-        loop over some of its images. With a result of half of that, glibc maps memory anew in each
-        call: for a 7x7 kernel, 4 images of 67x67x120, 18.7 MiB and a result of 8.2, cost 400 page
-        faults; 4 images of 67x67x143, 22.3 MiB and 9.8, cost 5,700, and the loop takes 0.3 of the
-        time. With 12 to 18 MiB it takes 0.9 to 1.1. For the same reason it is a limit in
-        `unaligned_region_taps`, `unrolled_taps` and `gradient_temporaries`.
+      batch_temporaries: from as many elements of padded images and tiles on, 20 MiB, a batch is
+        convolved in a loop, some images in each pass. Where these and the result have more than 32
+        MiB together, glibc maps memory anew in each call: for a 7x7 kernel, 4 images of 67x67x120,
+        18.7 and 8.2 MiB, cost 400 page faults; 4 images of 67x67x143, 22.3 and 9.8 MiB, cost 5,700,
+        and the loop takes 0.3 of the time. With 12 to 18 MiB it takes 0.9 to 1.1. For the same
+        reason it is a limit in `unaligned_region_taps`, `unrolled_taps` and `gradient_temporaries`.
       loop_temporaries: fewer elements of them than this, 8 MiB, are in memory in one pass of that
         loop, or those of one image, or of `channels_at_once`. With 2 and with 16 MiB, forward
         passes of 7x7 and 9x9 kernels took as long.
       channels_at_once: if one image has `batch_temporaries`, the loop is over its channels too, a
         multiple of this at a time. For one image of 93x93x510 and of 112x112x512 and a 7x7 kernel,
         it takes 0.4 of the time, for 48 to 285 channels 0.85 to 1.03.
-      channels_overlap: channels are not cut if the pieces were more than this many times all of
-        them. Pieces of 16 of 17, 24 and 33 channels took 1.4 to 1.9 times as long as the whole.
+      channels_overlap: the channels are cut only if the pieces have at most this many times as many
+        channels together. Pieces of 16 of 17, 24 and 33 channels took 1.4 to 1.9 times as long as
+        the whole.
       crowded_channels: a padded image whose channels are a multiple of this, 2 KiB, gets
         `more_channels`. Else the pixels that a tile reads share a few sets of the cache: with 512
         and 1,024 channels, 7x7 and 9x9 kernels then take 1.1 to 2.2 times as long. With 128 to 384
@@ -136,11 +138,12 @@ class Tuning:
         in such rows. For 32 images of 7x7x768 and a 7x7 kernel, not exchanging them takes 1.25
         times as long; for 8 and for one, 0.85 and 1.0 times. Exchanged, a pixel that is not a
         number reaches outputs that do not see it. Layer: 'ConvNeXtTiny-4'.
-      unrolled_taps: the most taps that are always compiled one by one. More are a loop if fewer
-        elements than `batch_temporaries` are in memory with it, its sums counted twice, or if the
-        effort has no room for tiles of `loop_outputs`. For 9x9 kernels, the loop takes 0.6 to 1.0
-        of the time of tiles if there are fewer, and else 0.9 to 2.6 times as long, 1.6 in the mean
-        of ten layers. For kernels of 11x11 and more, tiles take 5 to 9 times as long as the loop.
+      unrolled_taps: the most taps that are always compiled one by one. More are a loop if padded
+        images and the sums, which a loop has twice, are fewer elements than `batch_temporaries`, or
+        if the effort's `products` do not allow tiles of `loop_outputs`. For 9x9 kernels, the loop
+        takes 0.6 to 1.0 of the time of tiles below `batch_temporaries`, and above it 0.9 to 2.6
+        times as long, 1.6 in the mean of ten layers. For kernels of 11x11 and more, tiles take 5 to
+        9 times as long as the loop.
       loop_outputs: neighbouring outputs that a loop over a kernel computes together.
       loop_products: the most products in one pass of such a loop. Compile time grows with them.
       outputs_row_by_row: from as many outputs on, outputs that are computed together are summed up

@@ -35,7 +35,7 @@ def gradients(name: str, method: Method) -> tuple[Callable[..., Any], list[Any]]
 
     Args:
       name: one of `STACKS`. Equal layers follow each other, and the gradients are those of the
-        kernels. Each of the different ones has an image of its own, whose gradient there is too.
+        kernels. Different ones have an image each, and there are gradients of the images too.
       method: as for `depthwise_conv`.
     """
     layers = STACKS[name]
