@@ -529,6 +529,7 @@ def test_the_picture(empty, tmp_path):
         (["--layers", "Xception*", "MobileNetV1-7/32", "Xception-1"], 19, 0),
         (["--networks"], 0, 3),
         (["--networks", "MobileNetV2", "ConvNeXtTiny", "--layers", "ConvNeXtTiny-1"], 2, 2),
+        (["--networks", "--batch", "8"], 0, 3),
         (["--family", "sequences"], 6, 0),
         (["--family", "volumes", "--quick"], 5, 0),
     ],
@@ -537,6 +538,20 @@ def test_what_is_chosen(argv, layers, networks):
     args = program.parse(argv)
     assert (len(args.cases), len(args.networks)) == (layers, networks)
     assert args.peers == list(peers.FAMILIES[args.family])
+
+
+def test_the_batch_of_networks():
+    """It is a part of the name, in the table too."""
+    args = program.parse(["--networks", "MobileNetV2", "ConvNeXtTiny", "--batch", "8"])
+    assert args.networks == ["MobileNetV2/8", "ConvNeXtTiny/8"]
+
+
+def test_a_network_has_its_batch(monkeypatch):
+    keras = pytest.importorskip("keras")
+    monkeypatch.setattr(keras.applications, "MobileNetV2", lambda **_: "model")
+    build = peers.keras_network(lambda model, x, loss, train: (model, x.shape, loss.args[0].shape))
+    assert build("MobileNetV2/8", "train") == {"": ("model", (8, 224, 224, 3), (8,))}
+    assert build("MobileNetV2", "train") == {"": ("model", (1, 224, 224, 3), (1,))}
 
 
 def test_what_is_drawn():
@@ -550,6 +565,11 @@ def test_what_is_drawn():
     ("argv", "message"),
     [
         (["--peers", "numpy"], "argument --peers: invalid choice: 'numpy'"),
+        (
+            ["--networks", "--batch", "0"],
+            "argument --batch: must be at least 1 and with --networks",
+        ),
+        (["--quick", "--batch", "8"], "argument --batch: must be at least 1 and with --networks"),
         (["--networks", "VGG16"], "argument --networks: invalid choice: 'VGG16'"),
         (["--rounds", "0"], "argument --rounds: must be at least 1, got 0."),
         (["--layers", "VGG*"], "argument --layers: must match names of layers, got 'VGG*'."),

@@ -251,11 +251,11 @@ TRANSFORMATIONS = {
 }
 
 # The algorithms for large images and kernels, on small ones: their limits are lowered to these.
-REGIONS = {"efforts": (tuning.Effort(0, 400, 1),), "unaligned_region_taps": 400}
+REGIONS = {"efforts": (tuning.Effort(0, 400, 1),), "tiled_region_taps": 400}
 SOME_CHANNELS = {
     "efforts": (tuning.Effort(0, 0, 1),),
     "batch_temporaries": 0,
-    "loop_temporaries": 500,
+    "loop_copies": 500,
     "channels_at_once": 2,
     "channels_overlap": 2.0,
 }
@@ -280,12 +280,12 @@ ALGORITHMS = {
         "efforts": (tuning.Effort(0, 0, 999),),
         "row_outputs": 0,
         "batch_temporaries": 0,
-        "loop_temporaries": 0,
+        "loop_copies": 0,
     },
     "some images at a time": {
         "efforts": (tuning.Effort(0, 0, 1),),
         "batch_temporaries": 1000,
-        "loop_temporaries": 1000,
+        "loop_copies": 1000,
     },
     "some channels at a time": SOME_CHANNELS,
     "loops over some channels at a time": SOME_CHANNELS | {"unrolled_taps": 5, "loop_products": 8},

@@ -709,7 +709,7 @@ def test_some_images_at_a_time_in_a_shard_map(wanted, monkeypatch):
         tuning.TUNING,
         efforts=(tuning.Effort(0, region_taps=0, products=1),),
         batch_temporaries=0,
-        loop_temporaries=0,
+        loop_copies=0,
         gradient_temporaries=0,
         gradient_loop_temporaries=0,
     )
@@ -733,8 +733,8 @@ def test_some_images_at_a_time_in_a_shard_map(wanted, monkeypatch):
 @pytest.mark.parametrize(
     ("limits", "piece"),
     [
-        (dict(batch_temporaries=3000, loop_temporaries=2300), (4, 5)),
-        (dict(batch_temporaries=0, loop_temporaries=500, channels_at_once=2), (1, 2)),
+        (dict(batch_temporaries=3000, loop_copies=1600), (4, 5)),
+        (dict(batch_temporaries=0, loop_copies=300, channels_at_once=2), (1, 2)),
     ],
 )
 def test_pieces_of_a_batch_that_overlap(limits, piece, monkeypatch):

@@ -181,10 +181,12 @@ def choose(
     # stride 2. With several filters, the padded image is small beside the result.
     divisible = whole and not (exchanged or interleaved or broadcast)
     most = effort.region_taps
-    if channels % tuning.vector:
-        tiles = _temporaries(axes, Tiles(outputs=1, row_by_row=False))
+    taps = math.prod(axis.kernel for axis in axes)
+    shared = channels % tuning.vector or taps * channels > tuning.region_weights
+    if shared and effort.products >= 2 * taps:
+        tiles = sum(_memory(axes, Tiles(outputs=1, row_by_row=False)))
         if channels * tiles * (1 if divisible else examples) < tuning.batch_temporaries:
-            most = min(most, tuning.unaligned_region_taps)
+            most = min(most, tuning.tiled_region_taps)
     padded, region_taps = _regions(phases, most, tuning)
     reason = None if interleaved else _better_in_tiles(axes, effort, tuning)
     regions = region_taps <= most and reason is None
@@ -197,19 +199,19 @@ def choose(
         taps, geometry = zip(*parts, strict=True)
         algorithm = Regions(padded)
         if not regions:
-            algorithm = _padded(geometry, effort.products, tuning, rows, examples * channels)
+            planes, several = examples * channels, divisible and examples > 1
+            algorithm = _padded(geometry, effort.products, tuning, rows, planes, several)
         chosen.append(Phase(taps, geometry, algorithm))
-    unaligned = f" of {channels} channels" if most < effort.region_taps else ""
+    some = f" of {channels} channels" if most < effort.region_taps else ""
     why = reason or "{} taps in regions, {} {} for {}".format(
         region_taps,
         "at most" if regions else "more than",
         most,
-        "an image in phases" if interleaved else f"{elements} elements{unaligned}",
+        "an image in phases" if interleaved else f"{elements} elements{some}",
     )
     piece = None
     if divisible:
-        temporaries = sum(_temporaries(of.axes, of.algorithm) for of in chosen)
-        piece = _piece(examples, channels, temporaries, tuning)
+        piece = _piece(examples, channels, chosen, tuning)
         if piece:
             why += f", {piece[0]} of {examples} images and {piece[1]} channels at a time"
     copied = not any(isinstance(of.algorithm, Regions | Rows) for of in chosen)
@@ -230,26 +232,47 @@ def choose(
 
 
 def _piece(
-    examples: int, channels: int, temporaries: int, tuning: Tuning
+    examples: int, channels: int, phases: Sequence[Phase], tuning: Tuning
 ) -> tuple[int, int] | None:
     """Returns how many images and channels are convolved at a time, or None for all.
 
     Args:
       examples: images of the batch.
       channels: of each.
-      temporaries: elements that are in memory for one image and channel.
+      phases: all of them.
       tuning: the constants.
     """
-    if not temporaries or examples * channels * temporaries < tuning.batch_temporaries:
+    # Of one image and channel.
+    memory = [_memory(of.axes, of.algorithm) for of in phases]
+    copies, temporaries = sum(copy for copy, _ in memory), sum(map(sum, memory))
+    results = sum(math.prod(axis.out for axis in of.axes) for of in phases)
+    planes = examples * channels
+    large = planes * temporaries >= tuning.batch_temporaries
+    if not copies or not (large or examples > 1 and _loop_pays(planes, copies, results, tuning)):
         return None
-    most = tuning.loop_temporaries - 1
+    most = tuning.loop_copies - 1
     if channels * temporaries < tuning.batch_temporaries:
-        return nearly_dividing(examples, most // (channels * temporaries)), channels
-    some = nearly_dividing(channels, most // temporaries, tuning.channels_at_once)
+        return nearly_dividing(examples, most // (channels * copies)), channels
+    some = nearly_dividing(channels, most // copies, tuning.channels_at_once)
     # Pieces of 16 of 17 channels would compute nearly everything twice.
     few = -(-channels // some) * some <= tuning.channels_overlap * channels
     piece = 1, some if few else channels
     return None if piece == (examples, channels) else piece
+
+
+def _loop_pays(planes: int, copies: int, results: int, tuning: Tuning) -> bool:
+    """Returns whether a loop over a batch saves more than it costs.
+
+    It saves that padded copies leave the caches. It costs that results are written twice more: as
+    the zeros that the loop begins with, and where the pieces are put together.
+
+    Args:
+      planes: images times channels.
+      copies: elements of the padded copy of one image and channel.
+      results: of one image and channel.
+      tuning: the constants.
+    """
+    return planes * (copies - 2 * results) >= tuning.loop_gain
 
 
 def nearly_dividing(size: int, most: int, multiple: int = 1) -> int:
@@ -269,19 +292,19 @@ def nearly_dividing(size: int, most: int, multiple: int = 1) -> int:
     return min(pieces, key=lambda piece: -(-size // piece) * piece)
 
 
-def _temporaries(axes: Sequence[Axis], algorithm: Algorithm) -> int:
-    """Returns how many elements besides the result are in memory, of one image and channel."""
+def _memory(axes: Sequence[Axis], algorithm: Algorithm) -> tuple[int, int]:
+    """Returns how many elements of padded copies, and of sums, one image and channel needs."""
     *outer, last = axes
     padded, sums = math.prod(axis.reach for axis in axes), math.prod(axis.out for axis in axes)
     match algorithm:
         case Zeros() | Regions():
-            return 0
+            return 0, 0
         case Rows():
-            return math.prod(axis.reach for axis in outer) * last.size + sums
+            return math.prod(axis.reach for axis in outer) * last.size, sums
         case Tiles():
-            return padded + sums
+            return padded, sums
         case Loop():
-            return padded + 2 * sums  # those that a pass reads, and those that it writes
+            return padded, 2 * sums  # those that a pass reads, and those that it writes
 
 
 def _same_image(
@@ -357,7 +380,12 @@ def _better_in_tiles(axes: Sequence[Axis], effort: Effort, tuning: Tuning) -> st
 
 
 def _padded(
-    axes: Sequence[Axis], products: int, tuning: Tuning, may_exchange: bool, planes: int
+    axes: Sequence[Axis],
+    products: int,
+    tuning: Tuning,
+    may_exchange: bool,
+    planes: int,
+    several: bool,
 ) -> Zeros | Rows | Tiles | Loop:
     """Returns the algorithm for a phase that has no regions.
 
@@ -367,6 +395,7 @@ def _padded(
       tuning: the constants.
       may_exchange: whether image and kernel may exchange their roles along some dimensions.
       planes: images times channels.
+      several: whether there are images that may be convolved one after the other.
     """
     sizes = [axis.kernel for axis in axes]
     taps = math.prod(sizes)
@@ -377,7 +406,10 @@ def _padded(
         passes = _passes(sizes, outputs, tuning)
         row_by_row = outputs >= tuning.outputs_row_by_row
         loop = Loop(outputs, row_by_row, passes, tuning.parallel_loops)
-        small = planes * _temporaries(axes, loop) < tuning.batch_temporaries
+        results = math.prod(axis.out for axis in axes)
+        copies, sums = _memory(axes, loop)
+        small = planes * (copies + sums) < tuning.batch_temporaries
+        small = small and not (several and _loop_pays(planes, copies, results, tuning))
         if small or products < outputs * taps:
             return loop
     if products > 1 and axes[-1].out <= tuning.row_outputs:

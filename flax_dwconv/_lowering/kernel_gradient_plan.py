@@ -254,7 +254,7 @@ def _choose(
             parallel=tuning.parallel_loops,
         )
 
-    if _is_unrolled(passes, passes * taps[along] * longest.kernel, elements, tuning):
+    if _is_unrolled(passes, elements, tuning):
         crop, of_passes = None, list(axes)
         many = longest.edge_taps * min(longest.out, tuning.row_taps) > 2 * tuning.row_products
         if many or elements < tuning.padded_elements:
@@ -310,20 +310,16 @@ def _share(axes: Sequence[Axis], along: int, tuning: Tuning) -> tuple[list[int],
     return taps, tuning.row_products // piece, "a row of taps, or a piece of one, in one pass"
 
 
-def _is_unrolled(passes: int, products: int, elements: int, tuning: Tuning) -> bool:
+def _is_unrolled(passes: int, elements: int, tuning: Tuning) -> bool:
     """Whether the passes of a kernel gradient are compiled one by one.
 
     Args:
       passes: how many there are.
-      products: of all passes: taps times positions of a row of the cotangent.
       elements: of the image.
       tuning: the constants.
     """
-    if passes <= tuning.unrolled_bodies:
-        return True
-    few = passes <= tuning.unrolled_bodies_large
-    short = products <= tuning.unrolled_bodies_large * tuning.row_products
-    return elements >= tuning.unrolled_bodies_elements and (few or short)
+    large = elements >= tuning.unrolled_bodies_elements
+    return passes <= (tuning.unrolled_bodies_large if large else tuning.unrolled_bodies)
 
 
 @dataclasses.dataclass(frozen=True)

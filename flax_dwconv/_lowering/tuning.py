@@ -87,13 +87,17 @@ class Tuning:
         cache. For a 7x7 kernel, tiles of 4 outputs instead of 2 would take 0.8 to 0.9 of the time,
         but the 18 layers of a ConvNeXtTiny half a second longer to compile. Layers:
         'MobileNetV1-*' 'ConvNeXtTiny-*'.
-      unaligned_region_taps: the most `region_taps` of an effort if the channels are no multiple of
-        `vector`, so that vectors cross the lines of the cache. It does not hold if
+      tiled_region_taps: the most `region_taps` of an effort where tiles, which load less for each
+        product, pay: if the channels are no multiple of `vector`, so that vectors cross the lines
+        of the cache, or if there are more than `region_weights`. It does not hold if
         `batch_temporaries` or more of padded images and tiles would have to be in memory at a time.
-        Tiles load less for each product: a 5x5 kernel takes 0.65 to 1.7 times as long in tiles as
-        in regions, 0.97 in the mean of fourteen layers, and compiles in half the time. Other
-        kernels were not measured. With 64 to 256 channels, all multiples, regions take 0.5 to 0.95
-        of the time of tiles.
+        Only 5x5 kernels were measured. They compile in half the time as tiles. Fourteen layers with
+        odd channels took 0.97 of the time in the mean, 0.65 to 1.7.
+      region_weights: the most weights of all taps and channels for regions. 25 weights and 25
+        pixels of 256 channels are 51 KB, and a first cache has 48. With 320 to 960 channels, a 5x5
+        kernel takes 0.66 to 0.95 of the time in tiles, up to 1.07 where images have 12 MiB; with 72
+        to 240 channels 1.2 to 1.8 times as long. The regions of a 3x3 kernel are faster for any
+        number of channels.
       padded_taps: the most taps of an image in regions that are padded, each by itself, because
         they read outside for some outputs. Padding them saves regions: a 3x3 kernel would have 49
         taps. Four padded taps are slower: 4 times for a 5x5 kernel along one dimension; and for a
@@ -110,17 +114,25 @@ class Tuning:
       whole_image_tile_taps: from as many taps on, tiles are taken where no tap reads outside the
         image, so that nothing has to be padded. Tiles then take 0.2 to 0.9 of the time that single
         outputs take for 27 to 50 taps, 0.6 to 1.2 for 16 to 25, 0.8 to 4.7 for 11 and fewer.
-      tile_outputs: the most neighbouring outputs of a row that are computed together. Compile time
-        grows with them. Layers: 'ConvNeXtTiny-*'.
+      tile_outputs: the most neighbouring outputs of a row that are computed together. With 8, 7x7
+        kernels on images of 14 to 56, multiples of 7, take 0.7 to 0.95 of the time, and thirty
+        layers drawn at random 1.01. They compile to 1.3 times as many operations, for which LLVM
+        takes 1.5 to 4 times as long where strides are 2. A train step of ConvNeXtTiny on 8 images
+        takes as long, and 1.2 times as long to compile. Layers: 'ConvNeXtTiny-*'.
       batch_temporaries: from as many elements of padded images and tiles on, 20 MiB, a batch is
         convolved in a loop, some images in each pass. Where these and the result have more than 32
         MiB together, glibc maps memory anew in each call: for a 7x7 kernel, 4 images of 67x67x120,
         18.7 and 8.2 MiB, cost 400 page faults; 4 images of 67x67x143, 22.3 and 9.8 MiB, cost 5,700,
         and the loop takes 0.3 of the time. With 12 to 18 MiB it takes 0.9 to 1.1. For the same
-        reason it is a limit in `unaligned_region_taps`, `unrolled_taps` and `gradient_temporaries`.
-      loop_temporaries: fewer elements of them than this, 8 MiB, are in memory in one pass of that
-        loop, or those of one image, or of `channels_at_once`. With 2 and with 16 MiB, forward
-        passes of 7x7 and 9x9 kernels took as long.
+        reason it is a limit in `tiled_region_taps`, `unrolled_taps` and `gradient_temporaries`.
+      loop_gain: a batch is such a loop, too, if its padded images have at least this many elements,
+        4 MiB, more than two results. It saves that padded images leave the caches, and it writes
+        the results twice more: as the zeros that it begins with, and where pieces are put together.
+        With strides of 2, 7x7 and 9x9 kernels on padded images of 6 to 20 MiB take 0.67 to 0.95 of
+        the time; with half of it, 0.9 to 1.1.
+      loop_copies: fewer elements of padded images than this, 4 MiB, are in memory in one pass of
+        that loop, or those of one image, or of `channels_at_once`. With 2 MiB, strides of 2 take
+        0.85 to 1.1 of the time, and strides of 1 1.0 to 1.3 times as long.
       channels_at_once: if one image has `batch_temporaries`, the loop is over its channels too, a
         multiple of this at a time. For one image of 93x93x510 and of 112x112x512 and a 7x7 kernel,
         it takes 0.4 of the time, for 48 to 285 channels 0.85 to 1.03.
@@ -199,10 +211,14 @@ class Tuning:
       positions_together: the sums of all taps grow together, by so many positions of the cotangent
         at a time.
       unrolled_bodies: the most passes of a kernel gradient that are compiled one by one. More are a
-        loop, which needs a padded copy of the image.
-      unrolled_bodies_large: the same for a large image, and in units of `row_products` the most
-        products of passes that are compiled one by one there.
-      unrolled_bodies_elements: the fewest elements of a large image in that sense.
+        loop, which needs a padded copy of the image. Gradients of 7x7 kernels, 7 passes, take 0.85
+        to 1.1 of the time as a loop, and compile in 0.4 to 0.7 of it.
+      unrolled_bodies_large: the same for a large image. Train steps with 5x5 kernels, 5 passes,
+        take 0.9 to 1.3 times as long with loops, 2.5 times where their padded copy made glibc map
+        memory anew, and compile in 0.6 to 0.75 of the time.
+      unrolled_bodies_elements: the fewest elements of a large image in that sense. With a quarter
+        of it, a train step of EfficientNetB0 on 8 images takes as long, and 1.2 times as long to
+        compile.
       plane_least: the fewest positions of a plane, what one channel of one image holds, of which
         images with the channels first are read plane by plane. Forward, with batches, that takes
         0.5 to 3 times as long as with the channels last, and with transpositions 1.5 to 8 times.
@@ -241,17 +257,19 @@ class Tuning:
     efforts: tuple[Effort, ...] = (
         Effort(0, region_taps=30, products=1),
         Effort(1 << 17, region_taps=150, products=100),
-        Effort(1 << 19, region_taps=400, products=400),
+        Effort(1 << 19, region_taps=400, products=324),
     )
-    unaligned_region_taps: int = 150
+    tiled_region_taps: int = 150
+    region_weights: int = 6400
     padded_taps: int = 2
     region_dimensions: int = 2
     region_runs: int = 8
     whole_image_tile_taps: int = 27
-    tile_outputs: int = 8
+    tile_outputs: int = 6
     row_outputs: int = 8
     batch_temporaries: int = 5 << 20
-    loop_temporaries: int = 1 << 21
+    loop_gain: int = 1 << 20
+    loop_copies: int = 1 << 20
     channels_at_once: int = 16
     channels_overlap: float = 1.125
     crowded_channels: int = 512
@@ -279,7 +297,7 @@ class Tuning:
     positions_together: int = 4
     unrolled_bodies: int = 3
     unrolled_bodies_large: int = 5
-    unrolled_bodies_elements: int = 1 << 19
+    unrolled_bodies_elements: int = 1 << 21
     plane_least: int = 16
     plane_most: int = 1 << 16
     plane_columns: int = 16

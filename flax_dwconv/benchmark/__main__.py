@@ -33,6 +33,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     compiled = "compile stacks of layers with gradients beside XLA's own, run nothing"
     which.add_argument("--stacks", action="store_true", help=compiled)
     add("--networks", nargs="*", choices=cases.NETWORKS, help="time networks, all or these")
+    add("--batch", type=int, metavar="N", help="images of a network's batch, default 1")
     add("--peers", nargs="+", choices=peers.PEERS, help="default all of the family")
     add("--rounds", type=int, help="default 5, with --quick 3")
     add("--device", action="store_true", help="time layers on a GPU or TPU, beside XLA's own")
@@ -50,6 +51,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             error(f"argument --{name}: must be in a folder that exists, got '{path}'.")
     if args.plot and args.plot.suffix.lower() not in (".png", ".svg", ".pdf"):
         error(f"argument --plot: must end in .png, .svg or .pdf, got '{args.plot}'.")
+    if args.batch is not None and (args.batch < 1 or args.networks is None):
+        error(f"argument --batch: must be at least 1 and with --networks, got {args.batch}.")
     if args.scan:
         kind, *numbers = args.scan
         if kind not in scan.KINDS or not all(number.isdecimal() for number in numbers):
@@ -65,7 +68,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         error(f"argument --draw: must be of --family images, got {args.family}.")
     everything = args.layers is args.draw is args.networks is None
     whole = args.networks == [] or (everything and images and not (args.quick or args.device))
-    args.networks = cases.NETWORKS if whole else args.networks or ()
+    args.networks = [*(cases.NETWORKS if whole else args.networks or ())]
+    if args.batch is not None:
+        args.networks = [f"{name}/{args.batch}" for name in args.networks]
     args.cases = cases.drawn(*args.draw) if args.draw else []
     patterns = (args.layers or ["*"]) if everything or args.layers is not None else []
     for pattern in patterns:

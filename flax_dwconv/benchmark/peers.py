@@ -204,16 +204,21 @@ def tensorflow_layer() -> Build:
 
 
 def keras_network(network: Callable[..., Work]) -> Build:
-    """Networks of `keras.applications` with random weights, on the backend of this process."""
+    """Networks of `keras.applications` with random weights, on the backend of this process.
+
+    A name with a number, such as "MobileNetV2/8", is a network and the images of its batch.
+    """
     import keras
 
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
     def build(name: str, mode: str) -> dict[str, Work]:
         keras.utils.set_random_seed(0)
+        name, _, batch = name.partition("/")
         model = getattr(keras.applications, name)(weights=None, classifier_activation=None)
-        x = np.random.default_rng(0).standard_normal((1, 224, 224, 3), np.float32)
-        x, y = map(keras.ops.convert_to_tensor, (x, [1]))
+        shape = (int(batch or 1), 224, 224, 3)
+        x = np.random.default_rng(0).standard_normal(shape, np.float32)
+        x, y = map(keras.ops.convert_to_tensor, (x, [1] * shape[0]))
         return {"": network(model, x, partial(loss, y), mode == "train")}
 
     return build
