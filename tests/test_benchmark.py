@@ -280,6 +280,26 @@ def fake(other=False):
     return build
 
 
+SETTINGS = "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_"
+
+
+def settings():
+    """A worker that says how it allocates memory."""
+    return lambda *_: {"": lambda: [np.array(float(os.environ.get(s, -1))) for s in SETTINGS]}
+
+
+@pytest.mark.parametrize(("name", "found"), [("torch", [0, 2**40]), ("keras-torch", [1, 1])])
+def test_workers_of_layers_keep_their_memory(name, found, monkeypatch):
+    for setting in SETTINGS:
+        monkeypatch.delenv(setting, raising=False)
+    monkeypatch.setitem(driver.WORKERS, name, settings)
+    worker = driver.Worker(name, False)
+    try:
+        assert worker.ask("a layer", "forward", 0.0)[""][-1] == found
+    finally:
+        worker.close()
+
+
 def broken():
     """A worker that does not start."""
     raise ImportError("no such framework")
