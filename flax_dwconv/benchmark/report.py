@@ -173,7 +173,7 @@ def draw(document: Mapping[str, Any], path: pathlib.Path) -> None:
                 axes.scatter(over[peer], rows, 26, marker=marker, zorder=3, label=NAMES[peer])
             axes.axvline(1, color="black", lw=1, zorder=1)
             title = f"{NAMES[mode]}: fastest peer takes {times(mean(fastest))} our time"
-            axes.set_title(title, fontsize=9.5, fontweight="bold")
+            axes.set_title(title, fontsize=9, fontweight="bold")
             axes.set(xscale="log", xlabel="peer's time / our time")
             axes.xaxis.set(major_locator=LogLocator(subs=(1, 3)), major_formatter="{x:g}x")
             axes.xaxis.set_minor_formatter("")
