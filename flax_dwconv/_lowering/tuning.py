@@ -128,8 +128,8 @@ class Tuning:
       loop_gain: a batch is such a loop, too, if its padded images have at least this many elements,
         4 MiB, more than two results. It saves that padded images leave the caches, and it writes
         the results twice more: as the zeros that it begins with, and where pieces are put together.
-        With strides of 2, 7x7 and 9x9 kernels on padded images of 6 to 20 MiB take 0.67 to 0.95 of
-        the time; with half of it, 0.9 to 1.1.
+        With strides of 2, 7x7 and 9x9 kernels on padded images of 6 to 20 MiB take 0.3 to 1.0 of
+        the time; with half as many elements they would take 0.9 to 1.1.
       loop_copies: fewer elements of padded images than this, 4 MiB, are in memory in one pass of
         that loop, or those of one image, or of `channels_at_once`. With 2 MiB, strides of 2 take
         0.85 to 1.1 of the time, and strides of 1 1.0 to 1.3 times as long.
