@@ -181,9 +181,9 @@ def choose(
     # stride 2. With several filters, the padded image is small beside the result.
     divisible = whole and not (exchanged or interleaved or broadcast)
     most = effort.region_taps
-    taps = math.prod(axis.kernel for axis in axes)
-    shared = channels % tuning.vector or taps * channels > tuning.region_weights
-    if shared and effort.products >= 2 * taps:
+    of_kernel = math.prod(axis.kernel for axis in axes)
+    shared = channels % tuning.vector or of_kernel * channels > tuning.region_weights
+    if shared and effort.products >= 2 * of_kernel:
         tiles = sum(_memory(axes, Tiles(outputs=1, row_by_row=False)))
         if channels * tiles * (1 if divisible else examples) < tuning.batch_temporaries:
             most = min(most, tuning.tiled_region_taps)
@@ -195,11 +195,11 @@ def choose(
         crop, phases = _same_image(phases)
     chosen = []
     rows = elements >= tuning.exchanged_rows_elements and not exchanged
+    planes, several = examples * channels, divisible and examples > 1
     for parts in itertools.product(*phases):
         taps, geometry = zip(*parts, strict=True)
         algorithm = Regions(padded)
         if not regions:
-            planes, several = examples * channels, divisible and examples > 1
             algorithm = _padded(geometry, effort.products, tuning, rows, planes, several)
         chosen.append(Phase(taps, geometry, algorithm))
     some = f" of {channels} channels" if most < effort.region_taps else ""
@@ -244,14 +244,13 @@ def _piece(
     """
     # Of one image and channel.
     memory = [_memory(of.axes, of.algorithm) for of in phases]
-    copies, temporaries = sum(copy for copy, _ in memory), sum(map(sum, memory))
+    copies, sums = (sum(of) for of in zip(*memory, strict=True))
     results = sum(math.prod(axis.out for axis in of.axes) for of in phases)
     planes = examples * channels
-    large = planes * temporaries >= tuning.batch_temporaries
-    if not copies or not (large or examples > 1 and _loop_pays(planes, copies, results, tuning)):
+    if not copies or not _in_pieces(planes, copies, sums, results, examples > 1, tuning):
         return None
     most = tuning.loop_copies - 1
-    if channels * temporaries < tuning.batch_temporaries:
+    if channels * (copies + sums) < tuning.batch_temporaries:
         return nearly_dividing(examples, most // (channels * copies)), channels
     some = nearly_dividing(channels, most // copies, tuning.channels_at_once)
     # Pieces of 16 of 17 channels would compute nearly everything twice.
@@ -260,19 +259,24 @@ def _piece(
     return None if piece == (examples, channels) else piece
 
 
-def _loop_pays(planes: int, copies: int, results: int, tuning: Tuning) -> bool:
-    """Returns whether a loop over a batch saves more than it costs.
+def _in_pieces(
+    planes: int, copies: int, sums: int, results: int, several: bool, tuning: Tuning
+) -> bool:
+    """Returns whether a batch is to be convolved in a loop over its pieces.
 
-    It saves that padded copies leave the caches. It costs that results are written twice more: as
-    the zeros that the loop begins with, and where the pieces are put together.
+    A loop over images saves that padded copies leave the caches. It costs that results are written
+    twice more: as the zeros that it begins with, and where the pieces are put together.
 
     Args:
       planes: images times channels.
-      copies: elements of the padded copy of one image and channel.
-      results: of one image and channel.
+      copies: elements of padded copies, of one image and channel.
+      sums: of sums.
+      results: of results.
+      several: whether there are images that may be convolved one after the other.
       tuning: the constants.
     """
-    return planes * (copies - 2 * results) >= tuning.loop_gain
+    large = planes * (copies + sums) >= tuning.batch_temporaries
+    return large or several and planes * (copies - 2 * results) >= tuning.loop_gain
 
 
 def nearly_dividing(size: int, most: int, multiple: int = 1) -> int:
@@ -395,7 +399,7 @@ def _padded(
       tuning: the constants.
       may_exchange: whether image and kernel may exchange their roles along some dimensions.
       planes: images times channels.
-      several: whether there are images that may be convolved one after the other.
+      several: as for `_in_pieces`.
     """
     sizes = [axis.kernel for axis in axes]
     taps = math.prod(sizes)
@@ -407,10 +411,8 @@ def _padded(
         row_by_row = outputs >= tuning.outputs_row_by_row
         loop = Loop(outputs, row_by_row, passes, tuning.parallel_loops)
         results = math.prod(axis.out for axis in axes)
-        copies, sums = _memory(axes, loop)
-        small = planes * (copies + sums) < tuning.batch_temporaries
-        small = small and not (several and _loop_pays(planes, copies, results, tuning))
-        if small or products < outputs * taps:
+        in_pieces = _in_pieces(planes, *_memory(axes, loop), results, several, tuning)
+        if not in_pieces or products < outputs * taps:
             return loop
     if products > 1 and axes[-1].out <= tuning.row_outputs:
         exchanged = tuple(
