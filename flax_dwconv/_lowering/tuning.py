@@ -95,9 +95,9 @@ class Tuning:
         odd channels took 0.97 of the time in the mean, 0.65 to 1.7.
       region_weights: the most weights of all taps and channels for regions. 25 weights and 25
         pixels of 256 channels are 51 KB, and a first cache has 48. With 320 to 960 channels, a 5x5
-        kernel takes 0.66 to 0.95 of the time in tiles, up to 1.07 where images have 12 MiB; with 72
-        to 240 channels 1.2 to 1.8 times as long. The regions of a 3x3 kernel are faster for any
-        number of channels.
+        kernel takes 0.66 to 0.98 of the time in tiles, and up to 1.07 with batches of 11 MiB and
+        more; with 72 to 240 channels 1.2 to 1.8 times as long. The regions of 3x3 kernels are
+        faster than tiles with 768 to 1,600 channels too.
       padded_taps: the most taps of an image in regions that are padded, each by itself, because
         they read outside for some outputs. Padding them saves regions: a 3x3 kernel would have 49
         taps. Four padded taps are slower: 4 times for a 5x5 kernel along one dimension; and for a
@@ -115,10 +115,11 @@ class Tuning:
         image, so that nothing has to be padded. Tiles then take 0.2 to 0.9 of the time that single
         outputs take for 27 to 50 taps, 0.6 to 1.2 for 16 to 25, 0.8 to 4.7 for 11 and fewer.
       tile_outputs: the most neighbouring outputs of a row that are computed together. With 8, 7x7
-        kernels on images of 14 to 56, multiples of 7, take 0.7 to 0.95 of the time, and thirty
-        layers drawn at random 1.01. They compile to 1.3 times as many operations, for which LLVM
-        takes 1.5 to 4 times as long where strides are 2. A train step of ConvNeXtTiny on 8 images
-        takes as long, and 1.2 times as long to compile. Layers: 'ConvNeXtTiny-*'.
+        kernels on images whose sides are multiples of 7, from 14 to 56, take 0.7 to 0.95 of the
+        time, and thirty layers drawn at random 1.01. They compile to up to 1.3 times as many
+        operations, and in 1.2 to 4 times as long where strides are 2. With 5 in place of 8, a train
+        step of ConvNeXtTiny on 8 images takes as long, and compiles in 0.8 of the time. Layers:
+        'ConvNeXtTiny-*'.
       batch_temporaries: from as many elements of padded images and tiles on, 20 MiB, a batch is
         convolved in a loop, some images in each pass. Where these and the result have more than 32
         MiB together, glibc maps memory anew in each call: for a 7x7 kernel, 4 images of 67x67x120,
@@ -128,11 +129,11 @@ class Tuning:
       loop_gain: a batch is such a loop, too, if its padded images have at least this many elements,
         4 MiB, more than two results. It saves that padded images leave the caches, and it writes
         the results twice more: as the zeros that it begins with, and where pieces are put together.
-        With strides of 2, 7x7 and 9x9 kernels on padded images of 6 to 20 MiB take 0.3 to 1.0 of
-        the time; with half as many elements they would take 0.9 to 1.1.
+        With strides of 2, 7x7 and 9x9 kernels on padded images of 6 to 20 MiB take 0.3 to 1.1 of
+        the time, 0.9 in the mean; with half as many elements they would take 0.9 to 1.1.
       loop_copies: fewer elements of padded images than this, 4 MiB, are in memory in one pass of
         that loop, or those of one image, or of `channels_at_once`. With 2 MiB, strides of 2 take
-        0.85 to 1.1 of the time, and strides of 1 1.0 to 1.3 times as long.
+        0.87 to 1.14 of the time, and strides of 1 0.94 to 1.06.
       channels_at_once: if one image has `batch_temporaries`, the loop is over its channels too, a
         multiple of this at a time. For one image of 93x93x510 and of 112x112x512 and a 7x7 kernel,
         it takes 0.4 of the time, for 48 to 285 channels 0.85 to 1.03.
@@ -150,12 +151,12 @@ class Tuning:
         in such rows. For 32 images of 7x7x768 and a 7x7 kernel, not exchanging them takes 1.25
         times as long; for 8 and for one, 0.85 and 1.0 times. Exchanged, a pixel that is not a
         number reaches outputs that do not see it. Layer: 'ConvNeXtTiny-4'.
-      unrolled_taps: the most taps that are always compiled one by one. More are a loop if padded
-        images and the sums, which a loop has twice, are fewer elements than `batch_temporaries`, or
-        if the effort's `products` do not allow tiles of `loop_outputs`. For 9x9 kernels, the loop
-        takes 0.6 to 1.0 of the time of tiles below `batch_temporaries`, and above it 0.9 to 2.6
-        times as long, 1.6 in the mean of ten layers. For kernels of 11x11 and more, tiles take 5 to
-        9 times as long as the loop.
+      unrolled_taps: the most taps that are always compiled one by one. More are a loop if the batch
+        is not convolved in pieces, see `batch_temporaries` and `loop_gain`, with the sums counted
+        twice, as a loop has them. They are a loop, too, if the effort's `products` do not allow
+        tiles of `loop_outputs`. For 9x9 kernels, the loop takes 0.6 to 1.0 of the time of tiles
+        below `batch_temporaries`, and above it 0.9 to 2.6 times as long, 1.6 in the mean of ten
+        layers. For kernels of 11x11 and more, tiles take 5 to 9 times as long as the loop.
       loop_outputs: neighbouring outputs that a loop over a kernel computes together.
       loop_products: the most products in one pass of such a loop. Compile time grows with them.
       outputs_row_by_row: from as many outputs on, outputs that are computed together are summed up
@@ -211,11 +212,11 @@ class Tuning:
       positions_together: the sums of all taps grow together, by so many positions of the cotangent
         at a time.
       unrolled_bodies: the most passes of a kernel gradient that are compiled one by one. More are a
-        loop, which needs a padded copy of the image. Gradients of 7x7 kernels, 7 passes, take 0.85
-        to 1.1 of the time as a loop, and compile in 0.4 to 0.7 of it.
+        loop, which needs a padded copy of the image. Train steps with 7x7 kernels, 7 passes, take
+        0.84 to 1.1 of the time with loops, on images of 7x7 1.3, and compile in 0.4 to 0.6 of it.
       unrolled_bodies_large: the same for a large image. Train steps with 5x5 kernels, 5 passes,
-        take 0.9 to 1.3 times as long with loops, 2.5 times where their padded copy made glibc map
-        memory anew, and compile in 0.6 to 0.75 of the time.
+        take 0.76 to 1.27 of the time with loops, and 2.5 times as long where temporaries grew from
+        14 to 34 MiB. They compile in 0.5 to 1.0 of the time.
       unrolled_bodies_elements: the fewest elements of a large image in that sense. With a quarter
         of it, a train step of EfficientNetB0 on 8 images takes as long, and 1.2 times as long to
         compile.
