@@ -91,13 +91,13 @@ class Tuning:
         product, pay: if the channels are no multiple of `vector`, so that vectors cross the lines
         of the cache, or if there are more than `region_weights`. It does not hold if
         `batch_temporaries` or more of padded images and tiles would have to be in memory at a time.
-        Only 5x5 kernels were measured. They compile in half the time as tiles. Fourteen layers with
-        odd channels took 0.97 of the time in the mean, 0.65 to 1.7.
-      region_weights: the most weights of all taps and channels for regions. 25 weights and 25
-        pixels of 256 channels are 51 KB, and a first cache has 48. With 320 to 960 channels, a 5x5
-        kernel takes 0.66 to 0.98 of the time in tiles, and up to 1.07 with batches of 11 MiB and
-        more; with 72 to 240 channels 1.2 to 1.8 times as long. The regions of 3x3 kernels are
-        faster than tiles with 768 to 1,600 channels too.
+        This limit was measured for 5x5 kernels only. They compile in half the time as tiles.
+        Fourteen layers with odd channels took 0.97 of the time in the mean, 0.65 to 1.7.
+      region_weights: the most weights of all taps and channels for regions. At this limit, 256
+        channels of a 5x5 kernel, weights and pixels are 51 KB, slightly more than a first cache of
+        48 KB. With 320 to 960 channels, a 5x5 kernel takes 0.66 to 0.98 of the time in tiles, and
+        up to 1.07 with batches of 11 MiB and more; with 72 to 240 channels 1.2 to 1.8 times as
+        long. 3x3 kernels differ: with 768 to 1,600 channels, regions are still faster than tiles.
       padded_taps: the most taps of an image in regions that are padded, each by itself, because
         they read outside for some outputs. Padding them saves regions: a 3x3 kernel would have 49
         taps. Four padded taps are slower: 4 times for a 5x5 kernel along one dimension; and for a
@@ -114,23 +114,24 @@ class Tuning:
       whole_image_tile_taps: from as many taps on, tiles are taken where no tap reads outside the
         image, so that nothing has to be padded. Tiles then take 0.2 to 0.9 of the time that single
         outputs take for 27 to 50 taps, 0.6 to 1.2 for 16 to 25, 0.8 to 4.7 for 11 and fewer.
-      tile_outputs: the most neighbouring outputs of a row that are computed together. With 8, 7x7
-        kernels on images whose sides are multiples of 7, from 14 to 56, take 0.7 to 0.95 of the
-        time, and thirty layers drawn at random 1.01. They compile to up to 1.3 times as many
-        operations, and in 1.2 to 4 times as long where strides are 2. With 5 in place of 8, a train
-        step of ConvNeXtTiny on 8 images takes as long, and compiles in 0.8 of the time. Layers:
-        'ConvNeXtTiny-*'.
+      tile_outputs: the most neighbouring outputs of a row that are computed together. If it were 8,
+        7x7 kernels on images whose sides are multiples of 7, from 14 to 56, would take 0.7 to 0.95
+        of the time, and thirty layers drawn at random 1.01. They would compile to up to 1.3 times
+        as many operations, and in 1.2 to 4 times as long where strides are 2. If it were 5, a train
+        step of ConvNeXtTiny on 8 images would compile in 0.8 of the time that it takes with 8, and
+        run as fast. Layers: 'ConvNeXtTiny-*'.
       batch_temporaries: from as many elements of padded images and tiles on, 20 MiB, a batch is
         convolved in a loop, some images in each pass. Where these and the result have more than 32
         MiB together, glibc maps memory anew in each call: for a 7x7 kernel, 4 images of 67x67x120,
         18.7 and 8.2 MiB, cost 400 page faults; 4 images of 67x67x143, 22.3 and 9.8 MiB, cost 5,700,
         and the loop takes 0.3 of the time. With 12 to 18 MiB it takes 0.9 to 1.1. For the same
         reason it is a limit in `tiled_region_taps`, `unrolled_taps` and `gradient_temporaries`.
-      loop_gain: a batch is such a loop, too, if its padded images have at least this many elements,
-        4 MiB, more than two results. It saves that padded images leave the caches, and it writes
-        the results twice more: as the zeros that it begins with, and where pieces are put together.
-        With strides of 2, 7x7 and 9x9 kernels on padded images of 6 to 20 MiB take 0.3 to 1.1 of
-        the time, 0.9 in the mean; with half as many elements they would take 0.9 to 1.1.
+      loop_gain: a batch of several images is also convolved in that loop if its padded images have
+        at least this many elements, 4 MiB, more than twice its results have. The loop saves that
+        padded images leave the caches. It writes the results twice more: as the zeros that it
+        begins with, and where pieces are put together. With strides of 2, 7x7 and 9x9 kernels on
+        padded images of 6 to 20 MiB take 0.3 to 1.1 of the time, 0.9 in the mean; with half as many
+        elements they would take 0.9 to 1.1.
       loop_copies: fewer elements of padded images than this, 4 MiB, are in memory in one pass of
         that loop, or those of one image, or of `channels_at_once`. With 2 MiB, strides of 2 take
         0.87 to 1.14 of the time, and strides of 1 0.94 to 1.06.
