@@ -252,13 +252,7 @@ TRANSFORMATIONS = {
 
 # The algorithms for large images and kernels, on small ones: their limits are lowered to these.
 REGIONS = {"efforts": (tuning.Effort(0, 400, 1),), "tiled_region_taps": 400}
-SOME_CHANNELS = {
-    "efforts": (tuning.Effort(0, 0, 1),),
-    "batch_temporaries": 0,
-    "loop_copies": 500,
-    "channels_at_once": 2,
-    "channels_overlap": 2.0,
-}
+SOME_ROWS = {"batch_temporaries": 0, "loop_copies": 500}
 ALGORITHMS = {
     "as is": {},
     "regions": REGIONS | {"padded_taps": 0},
@@ -287,8 +281,11 @@ ALGORITHMS = {
         "batch_temporaries": 1000,
         "loop_copies": 1000,
     },
-    "some channels at a time": SOME_CHANNELS,
-    "loops over some channels at a time": SOME_CHANNELS | {"unrolled_taps": 5, "loop_products": 8},
+    "some rows at a time": SOME_ROWS | {"efforts": (tuning.Effort(0, 0, 1),)},
+    "tiles of some rows at a time": SOME_ROWS
+    | {"efforts": (tuning.Effort(0, 0, 999),), "row_outputs": 0, "tile_outputs": 3},
+    "loops over some rows at a time": SOME_ROWS
+    | {"efforts": (tuning.Effort(0, 0, 1),), "unrolled_taps": 5, "loop_products": 8},
     "not padded": {"padded_elements": 0, "short_row_products": 0, "unrolled_products": 20},
     "one by one": {"padded_elements": 0, "one_by_one_elements": 0},
     "one by one, in blocks": {

@@ -731,30 +731,30 @@ def test_some_images_at_a_time_in_a_shard_map(wanted, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("limits", "piece"),
+    ("padding", "temporaries", "copies", "sizes"),
     [
-        (dict(batch_temporaries=3000, loop_copies=1600), (4, 5)),
-        (dict(batch_temporaries=0, loop_copies=300, channels_at_once=2), (1, 2)),
+        ("same", 3000, 1700, (4, 7, 7, 5)),
+        ("same", 0, 250, (1, 5, 7, 5)),
+        ("valid", 0, 200, (1, 5, 7, 5)),
     ],
 )
-def test_pieces_of_a_batch_that_overlap(limits, piece, monkeypatch):
-    """The last 4 of 7 images, or 2 of 5 channels, begin where the loop was already."""
+def test_pieces_of_a_batch_that_overlap(padding, temporaries, copies, sizes, monkeypatch):
+    """The last 4 of 7 images begin where the loop was already, as do 3 of 7 or 5 rows."""
     constants = dataclasses.replace(
         tuning.TUNING,
         efforts=(tuning.Effort(0, region_taps=0, products=1),),
-        channels_overlap=2.0,
-        **limits,
+        batch_temporaries=temporaries,
+        loop_copies=copies,
     )
     monkeypatch.setattr(tuning, "TUNING", constants)
     rng = np.random.default_rng(0)
-    x, kernel = integers(rng, (7, 6, 7, 5)), integers(rng, (3, 3, 5, 1))
+    x, kernel = integers(rng, (7, 7, 7, 5)), integers(rng, (3, 3, 5, 1))
 
     def conv(x, kernel, method="auto"):
-        return depthwise_conv2d(x, kernel, padding="same", method=method)
+        return depthwise_conv2d(x, kernel, padding=padding, method=method)
 
     lowered = jax.jit(conv).lower(x, kernel)
-    images, channels = piece
-    assert f"sizes = [{images}, 6, 7, {channels}]" in lowered.as_text()
+    assert f"sizes = [{', '.join(map(str, sizes))}]" in lowered.as_text()
     assert "xla_cpu_small_call" not in lowered.compile().as_text()  # on one thread, all of it
     np.testing.assert_array_equal(jax.jit(conv)(x, kernel), conv(x, kernel, "lax"))
 

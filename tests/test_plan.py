@@ -360,25 +360,31 @@ def test_many_taps_are_a_loop_if_its_sums_and_the_images_are_small(n, size, c, k
     assert kinds(planned(forward(n, size, c, k))) == [algorithm]
 
 
+def piece(convolution):
+    """Returns how many images and rows are convolved at a time; None is the whole batch."""
+    of = planned(convolution).algorithm.piece
+    return of and (of.images, of.rows)
+
+
 def test_a_large_batch_is_a_loop():
     """Padded images of 40x40 and tiles of 34x34 together: 490,568 elements for each image."""
     sizes = dict(size=34, c=178, k=7)
-    found = [planned(forward(n, **sizes)).algorithm.piece for n in (6, 10, 14, 32)]
-    assert found == [None, None, (2, 178), (2, 178)]
-    assert planned(forward(32, size=34, c=17, k=7)).algorithm.piece is None
-    assert planned(forward(32, 34, 178, 3)).algorithm.piece is None, "in regions nothing is copied"
+    found = [piece(forward(n, **sizes)) for n in (6, 10, 14, 32)]
+    assert found == [None, None, (7, 34), (4, 34)]
+    assert piece(forward(32, size=34, c=17, k=7)) is None
+    assert piece(forward(32, 34, 178, 3)) is None, "in regions nothing is copied"
     gradient = planned(input_gradient(n=32, stride=2, **sizes)).algorithm
     assert len(gradient.phases) == 4 and gradient.piece is None
     shared = dataclasses.replace(forward(32, **sizes), partitioned=1)
-    assert planned(shared).algorithm.piece is None, "each device may have a part of the batch"
+    assert piece(shared) is None, "each device may have a part of the batch"
 
 
 def test_a_batch_of_large_copies_and_small_results_is_a_loop():
     """Images of 28x28 padded to 33x33, 1,089 elements for each channel, and results of 14x14."""
-    found = [planned(forward(16, 28, c, 7, 2)).algorithm.piece for c in (94, 95, 226)]
-    assert found == [None, (8, 95), (4, 226)]
-    assert planned(forward(1, 28, 95 * 16, 7, 2)).algorithm.piece is None, "one image is not cut"
-    assert planned(forward(16, 28, 226, 5, 2)).algorithm.piece is None, "in regions"
+    found = [piece(forward(16, 28, c, 7, 2)) for c in (120, 121, 226)]
+    assert found == [None, (8, 14), (8, 14)], "what fits into one pass needs no loop"
+    assert piece(forward(1, 28, 121 * 16, 7, 2)) is None, "one image is not cut"
+    assert piece(forward(16, 28, 226, 5, 2)) is None, "in regions"
     nine = [planned(forward(16, 20, c, 9, 2)) for c in (123, 124)]
     assert [kinds(of) for of in nine] == [["Loop"], ["Tiles"]], "tiles where the batch is a loop"
     assert kinds(planned(forward(1, 20, 124 * 16, 9, 2))) == ["Loop"]
@@ -392,44 +398,36 @@ def test_many_weights_are_tiles(c, algorithm):
     assert algorithm == "Regions" or found.algorithm.phases[0].algorithm.outputs == 6
 
 
-def test_large_images_are_a_loop_over_channels_too():
+def test_large_images_are_a_loop_over_their_rows():
     """Padded images of 99x99 and tiles of 93x93 together: 18,450 elements for each channel."""
-    found = [
-        planned(forward(n, 93, c, 7)).algorithm.piece for n, c in ((1, 284), (1, 285), (3, 510))
-    ]
-    assert found == [None, (1, 96), (1, 64)]
-    # Pieces of 16 of 17 channels would compute nearly everything twice.
-    sizes = [(1, 16), (1, 17), (2, 17), (1, 48)]
-    found = [planned(forward(n, 410, c, 7)).algorithm.piece for n, c in sizes]
-    assert found == [None, None, (1, 17), (1, 16)]
+    found = [piece(forward(n, 93, c, 7)) for n, c in ((1, 284), (1, 285), (3, 510))]
+    assert found == [None, (1, 47), (1, 31)]
+    wide = dict(size=93, k=7)
+    least = [piece(forward(1, c=c, **wide)) for c in (2000, 20000)]
+    assert least == [(1, 7), (1, 7)], "as many rows as the kernel has, however large they are"
+    axis = planned(forward(1, c=285, **wide)).algorithm.phases[0].axes[0]
+    assert (axis.size, axis.out, axis.low) == (53, 47, 0), "a piece has its pads already"
+    row = Axis(1, 1, 1, 1, 0, 1, 1), Axis(60000, 31, 60000, 1, 15, 1, 1)
+    of, _ = forward_plan.choose(1, 1, row, 100, tuning.TUNING, whole=True)
+    assert (of.piece.dim, of.piece.rows) == (1, 20000), "an image of a single row is cut, too"
 
 
 def test_images_of_crowded_channels_are_copied_with_more():
-    """Not a piece of them, nor an image that is not copied, or of which a device has a part."""
+    """Not an image that is not copied, or of which a device has a part."""
     found = [planned(forward(1, 28, c, 7)).algorithm.more_channels for c in (512, 768, 1024)]
     assert found == [16, 0, 16]
     large = planned(forward(1, 93, 512, 7)).algorithm
-    assert (large.piece, large.more_channels) == ((1, 64), 0)
+    assert (large.piece.rows, large.more_channels) == (31, 16)
     assert planned(forward(1, 28, 512, 3)).algorithm.more_channels == 0
     shared = dataclasses.replace(forward(1, 28, 512, 7), partitioned=1)
     assert planned(shared).algorithm.more_channels == 0
 
 
 @pytest.mark.parametrize(
-    ("size", "most", "multiple", "found"),
-    [
-        (32, 40, 1, 32),
-        (32, 20, 1, 16),
-        (13, 4, 1, 2),
-        (13, 0, 1, 1),
-        (510, 113, 16, 64),
-        (512, 113, 16, 64),
-        (20, 9, 16, 16),
-        (12, 9, 16, 12),
-    ],
+    ("size", "most", "found"), [(32, 40, 32), (32, 20, 16), (13, 4, 2), (13, 0, 1), (32, 7, 4)]
 )
-def test_pieces_overlap_little(size, most, multiple, found):
-    assert forward_plan.nearly_dividing(size, most, multiple) == found
+def test_pieces_overlap_little(size, most, found):
+    assert forward_plan.nearly_dividing(size, most) == found
 
 
 @pytest.mark.parametrize(

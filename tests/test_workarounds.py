@@ -32,6 +32,7 @@ PLAIN = {
     "computed_once": lambda y: y,
     "one_loop": list,
     "parallel": lambda i: i,
+    "zero_within": lambda i, dtype: jnp.zeros((), dtype),
 }
 
 
@@ -139,6 +140,22 @@ def test_loops_are_parallel(mode, with_and_without):
     with_it, without = with_and_without("parallel", marks)
     assert with_it == 0
     assert (without > 0) == HAS_SMALL_CALLS
+
+
+def test_pads_stay_in_the_loop(with_and_without):
+    """Without it, an image of which each pass pads some rows is padded as a whole before."""
+    shape = (1, 120, 80, 272)
+    x, kernel = jnp.zeros(shape), jnp.zeros((7, 7, shape[-1], 1))
+
+    def large():
+        f = functools.partial(depthwise_conv2d, padding="same")
+        text = "".join(computations(f, x, kernel))
+        assert " while(" in text
+        *_, entry = re.split(r"^ENTRY", text, flags=re.MULTILINE)
+        return entry.count("f32[1,126,")
+
+    with_it, without = with_and_without("zero_within", large)
+    assert with_it == 0 < without
 
 
 # What LLVM makes of it, with the flags that users have

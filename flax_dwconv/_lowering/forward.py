@@ -45,42 +45,59 @@ def convolve(x: jax.Array, kernel: jax.Array, taps: plan.Taps) -> jax.Array:
 
 
 def _piece_by_piece(
-    x: jax.Array, kernel: jax.Array, taps: plan.Taps, piece: tuple[int, int]
+    x: jax.Array, kernel: jax.Array, taps: plan.Taps, piece: plan.Piece
 ) -> jax.Array:
     """Convolves a piece of the batch at a time: padded copies and tiles are as large as it needs.
 
     Where temporaries and result have more than 32 MiB together, glibc takes memory from the system
     in each call and gives it back. To map and clear its pages takes longer than the convolution.
     """
-    outs = [axis.out for axis in taps.axes]
-    shape = (x.shape[0], kernel.shape[0], *outs, x.shape[-1])
+    shape = (x.shape[0], kernel.shape[0], *[axis.out for axis in taps.axes], x.shape[-1])
     # A single kernel has no dimension here. Else XLA would not let the loop that reads the result,
     # such as an activation, write where it reads: 32 images of 34x34x178 would need 28 MiB, not 7.
-    flat = shape if kernel.shape[0] > 1 else (shape[0], *shape[2:])
-    images, channels = piece
-    grid = -(-x.shape[0] // images), -(-x.shape[-1] // channels)
+    single = [1] if kernel.shape[0] == 1 else []
+    flat = [n for d, n in enumerate(shape) if d not in single]
+    count, rows = x.shape[0], piece.axis.out
+    grid = -(-count // piece.images), -(-rows // piece.rows)
+
+    def first(at: Any, size: int, end: int) -> Any:
+        """Returns where a piece begins; the last one earlier, if it would end outside.
+
+        Some outputs are computed once more then.
+        """
+        return lax.min(at * size, lax.full_like(at, end - size)) if size < end else 0
 
     def step(i: jax.Array, y: jax.Array) -> jax.Array:
         i = workarounds.parallel(i) if taps.parallel else i
-        first, channel = [a * n for a, n in zip(windows.unravel(i, grid), piece, strict=True)]
-
-        still = [0] * len(outs)
-
-        # The last piece may end outside. `dynamic_slice` and `dynamic_update_slice` then begin
-        # earlier, both alike, and some outputs are computed once more.
-        def part(array: jax.Array, image: Any, count: int) -> jax.Array:
-            """Returns `count` images, or kernels, from `image` on, of this piece's channels."""
-            sizes = (count, *array.shape[1:-1], channels)
-            corner = (image, *still, channel)
-            return lax.dynamic_slice(array, corner, sizes, allow_negative_indices=False)
-
-        results = _with_every_kernel(part(x, first, images), part(kernel, 0, len(kernel)), taps)
-        results = results.reshape(images, *flat[1:-1], channels)
-        corner = (first, *[0] * (y.ndim - 2), channel)
+        at, row_at = windows.unravel(i, grid)
+        image, row = first(at, piece.images, count), first(row_at, piece.rows, rows)
+        part = lax.dynamic_slice_in_dim(x, image, piece.images, allow_negative_indices=False)
+        if piece.rows < rows:
+            part = _read_by(part, row, piece, i)
+        results = lax.squeeze(_with_every_kernel(part, kernel, taps), single)
+        corner = [image, *[0] * (y.ndim - 1)]
+        corner[2 - len(single) + piece.dim] = row
         return lax.dynamic_update_slice(y, results, corner, allow_negative_indices=False)
 
     zeros = lax.full_like(x, 0, shape=flat)  # which vary in a `shard_map` as `x` does
     return lax.fori_loop(0, math.prod(grid), step, zeros).reshape(shape)
+
+
+def _read_by(x: jax.Array, row: jax.Array, piece: plan.Piece, i: jax.Array) -> jax.Array:
+    """Returns what rows of outputs read: rows of `x`, and zeros before and after them.
+
+    Args:
+      x: `(n, *sizes, c)`.
+      row: the first of the rows of outputs.
+      piece: which has as many of them as it says.
+      i: the index of the loop over the pieces.
+    """
+    axis = piece.axis
+    start, sizes = [0] * (x.ndim - 2), list(x.shape[1:-1])
+    start[piece.dim], sizes[piece.dim] = -axis.low, axis.reach
+    x = windows.crop(x, start, sizes, zero=workarounds.zero_within(i, x.dtype))
+    at, size, dim = row * axis.stride, piece.part.size, piece.dim + 1
+    return lax.dynamic_slice_in_dim(x, at, size, dim, allow_negative_indices=False)
 
 
 def _with_every_kernel(x: jax.Array, kernel: jax.Array, taps: plan.Taps) -> jax.Array:

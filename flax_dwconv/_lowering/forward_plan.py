@@ -1,5 +1,6 @@
 """Which sum over taps computes a convolution: regions, rows, tiles or a loop, on integers alone."""
 
+import bisect
 import dataclasses
 import itertools
 import math
@@ -109,6 +110,31 @@ class Phase:
 
 
 @dataclasses.dataclass(frozen=True)
+class Piece:
+    """What is convolved at a time, in a loop over a batch: some images, or some rows of one.
+
+    "Rows" are positions of the first dimension that has several outputs.
+
+    Attributes:
+      images: how many images; 1 if `rows` are not all.
+      rows: how many rows of outputs.
+      dim: which of the spatial dimensions that is.
+      axis: the geometry of whole images along it.
+    """
+
+    images: int
+    rows: int
+    dim: int
+    axis: Axis
+
+    @property
+    def part(self) -> Axis:
+        """The geometry along `dim` of a piece, which has all that its rows read, pads included."""
+        part = dataclasses.replace(self.axis, out=self.rows, low=0)
+        return dataclasses.replace(part, size=part.reach)
+
+
+@dataclasses.dataclass(frozen=True)
 class Taps:
     """A sum over taps: of an image and each of the kernels.
 
@@ -118,9 +144,9 @@ class Taps:
       crop: the first position and the size of the image along each dimension, pads included, which
         all phases share; None, where each phase makes its own.
       counts: how many phases there are along each dimension.
-      phases: all of them, the last dimension fastest.
-      piece: how many images and how many channels are convolved at a time, in a loop over such
-        pieces of the batch; None: all at once.
+      phases: all of them, the last dimension fastest; if `piece` has some of the rows, those of a
+        piece, which has its pads above and below already.
+      piece: what is convolved at a time; None: the whole batch.
       more_channels: how many channels of zeros a padded image has after its own, see
         `crowded_channels` in `Tuning`.
       whole: as in `choose`.
@@ -132,7 +158,7 @@ class Taps:
     crop: tuple[tuple[int, ...], tuple[int, ...]] | None
     counts: tuple[int, ...]
     phases: tuple[Phase, ...]
-    piece: tuple[int, int] | None
+    piece: Piece | None
     more_channels: int
     whole: bool
     parallel: bool
@@ -213,9 +239,12 @@ def choose(
     if divisible:
         piece = _piece(examples, channels, chosen, tuning)
         if piece:
-            why += f", {piece[0]} of {examples} images and {piece[1]} channels at a time"
+            why += f", {piece.images} of {examples} images at a time"
+            if piece.rows < piece.axis.out:
+                why += f", {piece.rows} of {piece.axis.out} rows"
+                chosen = [_cut(of, piece) for of in chosen]
     copied = not any(isinstance(of.algorithm, Regions | Rows) for of in chosen)
-    crowded = (piece[1] if piece else channels) % tuning.crowded_channels == 0
+    crowded = channels % tuning.crowded_channels == 0
     more = tuning.more_channels if copied and crowded and whole and not broadcast else 0
     found = Taps(
         exchanged=exchanged,
@@ -231,10 +260,8 @@ def choose(
     return found, why
 
 
-def _piece(
-    examples: int, channels: int, phases: Sequence[Phase], tuning: Tuning
-) -> tuple[int, int] | None:
-    """Returns how many images and channels are convolved at a time, or None for all.
+def _piece(examples: int, channels: int, phases: Sequence[Phase], tuning: Tuning) -> Piece | None:
+    """Returns what is convolved at a time, or None for the whole batch.
 
     Args:
       examples: images of the batch.
@@ -250,19 +277,34 @@ def _piece(
     if not copies or not _in_pieces(planes, copies, sums, results, examples > 1, tuning):
         return None
     most = tuning.loop_copies - 1
+    (image,) = phases  # the results of several would interleave
+    dim = next((d for d, axis in enumerate(image.axes) if axis.out > 1), 0)
+    axis = image.axes[dim]
     if channels * (copies + sums) < tuning.batch_temporaries:
-        return nearly_dividing(examples, most // (channels * copies)), channels
-    some = nearly_dividing(channels, most // copies, tuning.channels_at_once)
-    # Pieces of 16 of 17 channels would compute nearly everything twice.
-    few = -(-channels // some) * some <= tuning.channels_overlap * channels
-    piece = 1, some if few else channels
-    return None if piece == (examples, channels) else piece
+        images, rows = nearly_dividing(examples, most // (channels * copies)), axis.out
+    else:
+
+        def copied(rows: int) -> int:
+            part = _cut(image, Piece(1, rows, dim, axis))
+            return channels * _memory(part.axes, part.algorithm)[0]
+
+        # Pieces of fewer rows than the kernel has taps would copy each row more than twice.
+        least = min(axis.kernel, axis.out)
+        rows = least + bisect.bisect_right(range(least + 1, axis.out + 1), most, key=copied)
+        images, rows = 1, -(-axis.out // -(-axis.out // rows))
+    return None if (images, rows) == (examples, axis.out) else Piece(images, rows, dim, axis)
+
+
+def _cut(phase: Phase, piece: Piece) -> Phase:
+    """Returns the phase of a piece: `phase` is that of whole images."""
+    axes = [piece.part if d == piece.dim else axis for d, axis in enumerate(phase.axes)]
+    return dataclasses.replace(phase, axes=tuple(axes))
 
 
 def _in_pieces(
     planes: int, copies: int, sums: int, results: int, several: bool, tuning: Tuning
 ) -> bool:
-    """Returns whether a batch is to be convolved in a loop over its pieces.
+    """Returns whether a batch is to be convolved in a loop over its pieces, if it has several.
 
     A loop over images saves that padded copies leave the caches. It costs that results are written
     twice more: as the zeros that it begins with, and where the pieces are put together.
@@ -279,21 +321,17 @@ def _in_pieces(
     return large or several and planes * (copies - 2 * results) >= tuning.loop_gain
 
 
-def nearly_dividing(size: int, most: int, multiple: int = 1) -> int:
+def nearly_dividing(size: int, most: int) -> int:
     """Returns the size of equal pieces that cover `size`: of some sizes, that which overlaps least.
 
     Sizes of a quarter of the largest and less are not tried: each piece costs time of its own.
 
     Args:
       size: what is to be covered.
-      most: the largest size of a piece, unless that is less than `multiple`.
-      multiple: what divides the size of a piece, unless one piece is all.
+      most: the largest size of a piece, unless that is less than 1.
     """
-    if size <= max(most, multiple):
-        return size
-    largest = max(most // multiple, 1)
-    pieces = (n * multiple for n in range(largest, largest // 4, -1))
-    return min(pieces, key=lambda piece: -(-size // piece) * piece)
+    largest = max(min(size, most), 1)
+    return min(range(largest, largest // 4, -1), key=lambda piece: -(-size // piece) * piece)
 
 
 def _memory(axes: Sequence[Axis], algorithm: Algorithm) -> tuple[int, int]:

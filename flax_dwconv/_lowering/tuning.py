@@ -129,18 +129,16 @@ class Tuning:
       loop_gain: a batch of several images is also convolved in that loop if its padded images have
         at least this many elements, 4 MiB, more than twice its results have. The loop saves that
         padded images leave the caches. It writes the results twice more: as the zeros that it
-        begins with, and where pieces are put together. With strides of 2, 7x7 and 9x9 kernels on
-        padded images of 6 to 20 MiB take 0.3 to 1.1 of the time, 0.9 in the mean; with half as many
-        elements they would take 0.9 to 1.1.
-      loop_copies: fewer elements of padded images than this, 4 MiB, are in memory in one pass of
-        that loop, or those of one image, or of `channels_at_once`. With 2 MiB, strides of 2 take
-        0.87 to 1.14 of the time, and strides of 1 0.94 to 1.06.
-      channels_at_once: if one image has `batch_temporaries`, the loop is over its channels too, a
-        multiple of this at a time. For one image of 93x93x510 and of 112x112x512 and a 7x7 kernel,
-        it takes 0.4 of the time, for 48 to 285 channels 0.85 to 1.03.
-      channels_overlap: the channels are cut only if the pieces have at most this many times as many
-        channels together. Pieces of 16 of 17, 24 and 33 channels took 1.4 to 1.9 times as long as
-        the whole.
+        begins with, and where pieces are put together. With strides of 2 and passes of 4 MiB, 7x7
+        and 9x9 kernels on padded images of 6 to 20 MiB take 0.3 to 1.1 of the time, 0.9 in the
+        mean, on a CPU whose second cache has 1 MB; on one of 2 MB, with passes of 8 MiB, 0.9 to
+        1.1.
+      loop_copies: fewer elements of padded images than this, 8 MiB, are in memory in one pass of
+        that loop, or those of one image. If one image has `batch_temporaries`, they are those of
+        some of its rows, as many as the kernel has taps or more. So large images take 0.54 to 0.87
+        of the time that they took with some channels in each pass, which are not neighbours in
+        memory. With 4 MiB, large images take 1.0 to 1.4 times as long, and batches 0.9 to 1.3 times
+        as long, 1.05 in the mean of thirteen.
       crowded_channels: a padded image whose channels are a multiple of this, 2 KiB, gets
         `more_channels`. Else the pixels that a tile reads share a few sets of the cache: with 512
         and 1,024 channels, 7x7 and 9x9 kernels then take 1.1 to 2.2 times as long. With 128 to 384
@@ -271,9 +269,7 @@ class Tuning:
     row_outputs: int = 8
     batch_temporaries: int = 5 << 20
     loop_gain: int = 1 << 20
-    loop_copies: int = 1 << 20
-    channels_at_once: int = 16
-    channels_overlap: float = 1.125
+    loop_copies: int = 1 << 21
     crowded_channels: int = 512
     more_channels: int = 16
     exchanged_rows_elements: int = 1 << 19

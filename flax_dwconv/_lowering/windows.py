@@ -96,7 +96,11 @@ def unravel(i: jax.Array, grid: Sequence[int]) -> list[Any]:
 
 
 def crop(
-    x: jax.Array, first: Sequence[int], sizes: Sequence[int], more_channels: int = 0
+    x: jax.Array,
+    first: Sequence[int],
+    sizes: Sequence[int],
+    more_channels: int = 0,
+    zero: jax.Array | None = None,
 ) -> jax.Array:
     """Returns `sizes` positions of each spatial dimension from `first` on, zeros outside `x`.
 
@@ -105,6 +109,7 @@ def crop(
       first: a position of each spatial dimension.
       sizes: how many positions.
       more_channels: how many channels of zeros to add.
+      zero: a 0 of the dtype of `x` that XLA does not know; None is one that it knows.
     """
     dims = list(zip(first, sizes, x.shape[1:-1], strict=True))
     start = [min(max(lo, 0), old) for lo, _, old in dims]
@@ -118,7 +123,8 @@ def crop(
     ]
     if not any(map(any, pads)) and not more_channels:
         return x
-    return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *pads, (0, more_channels, 0)])
+    zero = jnp.zeros((), x.dtype) if zero is None else zero
+    return lax.pad(x, zero, [(0, 0, 0), *pads, (0, more_channels, 0)])
 
 
 def pad(x: jax.Array, dim: int, before: int, after: int) -> jax.Array:

@@ -111,3 +111,15 @@ def parallel(i: jax.Array) -> Any:
     Test: `test_loops_are_parallel`.
     """
     return lax.sort(jnp.stack([i, i]))[0]
+
+
+def zero_within(i: jax.Array, dtype: Any) -> jax.Array:
+    """Returns a 0 of that dtype, such that XLA leaves in a loop what is padded with it there.
+
+    XLA moves out of a loop what does not depend on its index `i`, which counts from 0 on: here, the
+    padded copy of an image of which each pass reads some rows. The copy would be in memory as a
+    whole, and a 7x7 kernel on 102x102x659 takes 1.1 to 1.5 times as long.
+
+    Test: `test_pads_stay_in_the_loop`.
+    """
+    return lax.convert_element_type(lax.min(i, lax.full_like(i, 0)), dtype)
