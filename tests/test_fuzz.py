@@ -252,7 +252,7 @@ TRANSFORMATIONS = {
 
 # The algorithms for large images and kernels, on small ones: their limits are lowered to these.
 REGIONS = {"efforts": (tuning.Effort(0, 400, 1),), "tiled_region_taps": 400}
-SOME_ROWS = {"batch_temporaries": 0, "loop_copies": 500}
+SOME_ROWS = {"batch_temporaries": 0, "loop_copies": 0}
 ALGORITHMS = {
     "as is": {},
     "regions": REGIONS | {"padded_taps": 0},
@@ -273,7 +273,7 @@ ALGORITHMS = {
     "image by image": {
         "efforts": (tuning.Effort(0, 0, 999),),
         "row_outputs": 0,
-        "batch_temporaries": 0,
+        "loop_gain": -1 << 40,
         "loop_copies": 0,
     },
     "some images at a time": {

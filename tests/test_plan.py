@@ -386,7 +386,7 @@ def test_a_batch_of_large_copies_and_small_results_is_a_loop():
     assert piece(forward(1, 28, 121 * 16, 7, 2)) is None, "one image is not cut"
     assert piece(forward(16, 28, 226, 5, 2)) is None, "in regions"
     nine = [planned(forward(16, 20, c, 9, 2)) for c in (123, 124)]
-    assert [kinds(of) for of in nine] == [["Loop"], ["Tiles"]], "tiles where the batch is a loop"
+    assert [kinds(of) for of in nine] == [["Loop"], ["Tiles"]], "tiles from `loop_gain` on"
     assert kinds(planned(forward(1, 20, 124 * 16, 9, 2))) == ["Loop"]
 
 
@@ -410,6 +410,12 @@ def test_large_images_are_a_loop_over_their_rows():
     row = Axis(1, 1, 1, 1, 0, 1, 1), Axis(60000, 31, 60000, 1, 15, 1, 1)
     of, _ = forward_plan.choose(1, 1, row, 100, tuning.TUNING, whole=True)
     assert (of.piece.dim, of.piece.rows) == (1, 20000), "an image of a single row is cut, too"
+    flat = Axis(7, 7, 7, 1, 3, 1, 1), Axis(10000, 7, 10000, 1, 3, 1, 1)
+    of, _ = forward_plan.choose(1, 1, flat, 100, tuning.TUNING, whole=True)
+    assert of.piece.dim == 1, "7 rows of a 7x7 kernel are not cut"
+    dilated = Axis(400, 7, 400, 1, 48, 1, 16), Axis(400, 7, 400, 1, 3, 1, 1)
+    of, _ = forward_plan.choose(1, 1, dilated, 400, tuning.TUNING, whole=True)
+    assert of.piece.rows == 80, "the kernel reaches over 97 rows; 400 in 5 pieces"
 
 
 def test_images_of_crowded_channels_are_copied_with_more():

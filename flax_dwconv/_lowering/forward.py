@@ -57,23 +57,18 @@ def _piece_by_piece(
     # such as an activation, write where it reads: 32 images of 34x34x178 would need 28 MiB, not 7.
     single = [1] if kernel.shape[0] == 1 else []
     flat = [n for d, n in enumerate(shape) if d not in single]
-    count, rows = x.shape[0], piece.axis.out
-    grid = -(-count // piece.images), -(-rows // piece.rows)
-
-    def first(at: Any, size: int, end: int) -> Any:
-        """Returns where a piece begins; the last one earlier, if it would end outside.
-
-        Some outputs are computed once more then.
-        """
-        return lax.min(at * size, lax.full_like(at, end - size)) if size < end else 0
+    rows = piece.axis.out
+    grid = -(-x.shape[0] // piece.images), -(-rows // piece.rows)
 
     def step(i: jax.Array, y: jax.Array) -> jax.Array:
         i = workarounds.parallel(i) if taps.parallel else i
-        at, row_at = windows.unravel(i, grid)
-        image, row = first(at, piece.images, count), first(row_at, piece.rows, rows)
+        at = windows.unravel(i, grid)
+        # The last piece may end outside. `dynamic_slice` and `dynamic_update_slice` then begin
+        # earlier, both alike, and some outputs are computed once more.
+        image, row = [j * n for j, n in zip(at, (piece.images, piece.rows), strict=True)]
         part = lax.dynamic_slice_in_dim(x, image, piece.images, allow_negative_indices=False)
         if piece.rows < rows:
-            part = _read_by(part, row, piece, i)
+            part = _read_by(part, row, piece)
         results = lax.squeeze(_with_every_kernel(part, kernel, taps), single)
         corner = [image, *[0] * (y.ndim - 1)]
         corner[2 - len(single) + piece.dim] = row
@@ -83,19 +78,18 @@ def _piece_by_piece(
     return lax.fori_loop(0, math.prod(grid), step, zeros).reshape(shape)
 
 
-def _read_by(x: jax.Array, row: jax.Array, piece: plan.Piece, i: jax.Array) -> jax.Array:
+def _read_by(x: jax.Array, row: jax.Array, piece: plan.Piece) -> jax.Array:
     """Returns what rows of outputs read: rows of `x`, and zeros before and after them.
 
     Args:
       x: `(n, *sizes, c)`.
-      row: the first of the rows of outputs.
-      piece: which has as many of them as it says.
-      i: the index of the loop over the pieces.
+      row: the first of the rows of outputs, known when the program runs.
+      piece: how many they are, and along which dimension.
     """
     axis = piece.axis
     start, sizes = [0] * (x.ndim - 2), list(x.shape[1:-1])
     start[piece.dim], sizes[piece.dim] = -axis.low, axis.reach
-    x = windows.crop(x, start, sizes, zero=workarounds.zero_within(i, x.dtype))
+    x = windows.crop(x, start, sizes, zero=workarounds.zero_within(row, x.dtype))
     at, size, dim = row * axis.stride, piece.part.size, piece.dim + 1
     return lax.dynamic_slice_in_dim(x, at, size, dim, allow_negative_indices=False)
 

@@ -113,12 +113,10 @@ class Phase:
 class Piece:
     """What is convolved at a time, in a loop over a batch: some images, or some rows of one.
 
-    "Rows" are positions of the first dimension that has several outputs.
-
     Attributes:
       images: how many images; 1 if `rows` are not all.
-      rows: how many rows of outputs.
-      dim: which of the spatial dimensions that is.
+      rows: how many rows of outputs, which are positions of one spatial dimension.
+      dim: that dimension: the first that has more outputs than taps.
       axis: the geometry of whole images along it.
     """
 
@@ -145,7 +143,7 @@ class Taps:
         all phases share; None, where each phase makes its own.
       counts: how many phases there are along each dimension.
       phases: all of them, the last dimension fastest; if `piece` has some of the rows, those of a
-        piece, which has its pads above and below already.
+        piece, which has its pads before and after its rows already.
       piece: what is convolved at a time; None: the whole batch.
       more_channels: how many channels of zeros a padded image has after its own, see
         `crowded_channels` in `Tuning`.
@@ -237,7 +235,7 @@ def choose(
     )
     piece = None
     if divisible:
-        piece = _piece(examples, channels, chosen, tuning)
+        piece = _piece(examples, channels, chosen[0], tuning)
         if piece:
             why += f", {piece.images} of {examples} images at a time"
             if piece.rows < piece.axis.out:
@@ -260,38 +258,36 @@ def choose(
     return found, why
 
 
-def _piece(examples: int, channels: int, phases: Sequence[Phase], tuning: Tuning) -> Piece | None:
+def _piece(examples: int, channels: int, phase: Phase, tuning: Tuning) -> Piece | None:
     """Returns what is convolved at a time, or None for the whole batch.
 
     Args:
       examples: images of the batch.
       channels: of each.
-      phases: all of them.
+      phase: the only one. The results of several would interleave.
       tuning: the constants.
     """
-    # Of one image and channel.
-    memory = [_memory(of.axes, of.algorithm) for of in phases]
-    copies, sums = (sum(of) for of in zip(*memory, strict=True))
-    results = sum(math.prod(axis.out for axis in of.axes) for of in phases)
+    copies, sums = _memory(phase.axes, phase.algorithm)
+    results = math.prod(axis.out for axis in phase.axes)
     planes = examples * channels
     if not copies or not _in_pieces(planes, copies, sums, results, examples > 1, tuning):
         return None
     most = tuning.loop_copies - 1
-    (image,) = phases  # the results of several would interleave
-    dim = next((d for d, axis in enumerate(image.axes) if axis.out > 1), 0)
-    axis = image.axes[dim]
+    dim = next((d for d, axis in enumerate(phase.axes) if axis.out > axis.kernel), 0)
+    axis = phase.axes[dim]
     if channels * (copies + sums) < tuning.batch_temporaries:
         images, rows = nearly_dividing(examples, most // (channels * copies)), axis.out
     else:
 
         def copied(rows: int) -> int:
-            part = _cut(image, Piece(1, rows, dim, axis))
+            part = _cut(phase, Piece(1, rows, dim, axis))
             return channels * _memory(part.axes, part.algorithm)[0]
 
-        # Pieces of fewer rows than the kernel has taps would copy each row more than twice.
-        least = min(axis.kernel, axis.out)
+        # In pieces of far fewer rows than the kernel reaches over, each row would be copied more
+        # than twice where the stride is 1.
+        least = min((axis.kernel - 1) * axis.rhs_dilation + 1, axis.out)
         rows = least + bisect.bisect_right(range(least + 1, axis.out + 1), most, key=copied)
-        images, rows = 1, -(-axis.out // -(-axis.out // rows))
+        images, rows = 1, -(-axis.out // -(-axis.out // rows))  # as equal as they can be
     return None if (images, rows) == (examples, axis.out) else Piece(images, rows, dim, axis)
 
 
@@ -304,7 +300,7 @@ def _cut(phase: Phase, piece: Piece) -> Phase:
 def _in_pieces(
     planes: int, copies: int, sums: int, results: int, several: bool, tuning: Tuning
 ) -> bool:
-    """Returns whether a batch is to be convolved in a loop over its pieces, if it has several.
+    """Returns whether a batch is to be convolved in a loop, unless `_piece` finds that one is all.
 
     A loop over images saves that padded copies leave the caches. It costs that results are written
     twice more: as the zeros that it begins with, and where the pieces are put together.

@@ -1,7 +1,8 @@
 """The tuning constants: where one algorithm takes over from another.
 
-All were measured on two shared cores; what counts is the ratio of two times, not a time. To measure
-a constant again, change its default here and compare two runs of
+All were measured on two shared cores of an AMD EPYC, `loop_copies` and `loop_gain` on two of an
+Intel Xeon too; what counts is the ratio of two times, not a time. To measure a constant again,
+change its default here and compare two runs of
 
     python -m flax_dwconv.benchmark --layers PATTERN
 
@@ -89,10 +90,11 @@ class Tuning:
         'MobileNetV1-*' 'ConvNeXtTiny-*'.
       tiled_region_taps: the most `region_taps` of an effort where tiles, which load less for each
         product, pay: if the channels are no multiple of `vector`, so that vectors cross the lines
-        of the cache, or if there are more than `region_weights`. It does not hold if
-        `batch_temporaries` or more of padded images and tiles would have to be in memory at a time.
-        This limit was measured for 5x5 kernels only. They compile in half the time as tiles.
-        Fourteen layers with odd channels took 0.97 of the time in the mean, 0.65 to 1.7.
+        of the cache, or if there are more than `region_weights`. It does not hold if padded images
+        and tiles, of one image where a batch may be a loop, have `batch_temporaries` or more: in
+        pieces of such an image, 5x5 kernels take 1.3 to 1.9 times as long in tiles. This limit was
+        measured for 5x5 kernels only. They compile in half the time as tiles. Fourteen layers with
+        odd channels took 0.97 of the time in the mean, 0.65 to 1.7.
       region_weights: the most weights of all taps and channels for regions. At this limit, 256
         channels of a 5x5 kernel, weights and pixels are 51 KB, slightly more than a first cache of
         48 KB. With 320 to 960 channels, a 5x5 kernel takes 0.66 to 0.98 of the time in tiles, and
@@ -132,13 +134,13 @@ class Tuning:
         begins with, and where pieces are put together. With strides of 2 and passes of 4 MiB, 7x7
         and 9x9 kernels on padded images of 6 to 20 MiB take 0.3 to 1.1 of the time, 0.9 in the
         mean, on a CPU whose second cache has 1 MB; on one of 2 MB, with passes of 8 MiB, 0.9 to
-        1.1.
+        1.1. There is no loop if one pass is all: see `loop_copies`.
       loop_copies: fewer elements of padded images than this, 8 MiB, are in memory in one pass of
         that loop, or those of one image. If one image has `batch_temporaries`, they are those of
-        some of its rows, as many as the kernel has taps or more. So large images take 0.54 to 0.87
-        of the time that they took with some channels in each pass, which are not neighbours in
-        memory. With 4 MiB, large images take 1.0 to 1.4 times as long, and batches 0.9 to 1.3 times
-        as long, 1.05 in the mean of thirteen.
+        some of its rows: of about as many as the kernel reaches over, or more. Large images then
+        take 0.54 to 0.87 of the time that passes of some channels take: those are not neighbours in
+        memory. With 4 MiB instead, large images take 1.0 to 1.4 times as long, and batches 0.9 to
+        1.3 times as long, 1.05 in the mean of twelve.
       crowded_channels: a padded image whose channels are a multiple of this, 2 KiB, gets
         `more_channels`. Else the pixels that a tile reads share a few sets of the cache: with 512
         and 1,024 channels, 7x7 and 9x9 kernels then take 1.1 to 2.2 times as long. With 128 to 384
@@ -150,12 +152,12 @@ class Tuning:
         in such rows. For 32 images of 7x7x768 and a 7x7 kernel, not exchanging them takes 1.25
         times as long; for 8 and for one, 0.85 and 1.0 times. Exchanged, a pixel that is not a
         number reaches outputs that do not see it. Layer: 'ConvNeXtTiny-4'.
-      unrolled_taps: the most taps that are always compiled one by one. More are a loop if the batch
-        is not convolved in pieces, see `batch_temporaries` and `loop_gain`, with the sums counted
-        twice, as a loop has them. They are a loop, too, if the effort's `products` do not allow
-        tiles of `loop_outputs`. For 9x9 kernels, the loop takes 0.6 to 1.0 of the time of tiles
-        below `batch_temporaries`, and above it 0.9 to 2.6 times as long, 1.6 in the mean of ten
-        layers. For kernels of 11x11 and more, tiles take 5 to 9 times as long as the loop.
+      unrolled_taps: the most taps that are always compiled one by one. More are a loop below
+        `batch_temporaries` and `loop_gain`, with the sums counted twice, as a loop has them. They
+        are a loop, too, if the effort's `products` do not allow tiles of `loop_outputs`. For 9x9
+        kernels, the loop takes 0.6 to 1.0 of the time of tiles below `batch_temporaries`, and above
+        it 0.9 to 2.6 times as long, 1.6 in the mean of ten layers. For kernels of 11x11 and more,
+        tiles take 5 to 9 times as long as the loop.
       loop_outputs: neighbouring outputs that a loop over a kernel computes together.
       loop_products: the most products in one pass of such a loop. Compile time grows with them.
       outputs_row_by_row: from as many outputs on, outputs that are computed together are summed up
