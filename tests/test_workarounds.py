@@ -21,7 +21,7 @@ import pytest
 from jax import lax
 
 import flax_dwconv
-from flax_dwconv import depthwise_conv2d
+from flax_dwconv import depthwise_conv, depthwise_conv2d
 from flax_dwconv._lowering import program, tuning, workarounds
 
 ROOT = pathlib.Path(flax_dwconv.__file__).parents[1]
@@ -142,20 +142,32 @@ def test_loops_are_parallel(mode, with_and_without):
     assert (without > 0) == HAS_SMALL_CALLS
 
 
-def test_pads_stay_in_the_loop(with_and_without):
-    """Without it, an image of which each pass pads some rows is padded as a whole before."""
-    shape = (1, 120, 80, 272)
-    x, kernel = jnp.zeros(shape), jnp.zeros((7, 7, shape[-1], 1))
+@pytest.mark.parametrize(
+    ("name", "size", "kernel", "pads"),
+    [
+        ("zero_within", (120, 80, 300), (7, 7), ((3, 3), (3, 3))),
+        ("computed_once", (24, 60, 60, 48), (5, 5, 5), ((2, 2), (0, 0), (0, 0))),
+    ],
+)
+def test_pads_are_made_of_some_rows_at_a_time(name, size, kernel, pads, with_and_without):
+    """Without the first, a large image is padded as a whole before the loop over its rows.
 
-    def large():
-        f = functools.partial(depthwise_conv2d, padding="same")
-        all_of_it = computations(f, x, kernel)
+    Without the second, it is in each pass of that loop, if no other dimension is padded and the
+    taps are a loop too.
+    """
+    x, kernel = jnp.zeros((1, *size)), jnp.zeros((*kernel, size[-1], 1))
+    whole = f"= f32[1,{size[0] + sum(pads[0])},"
+
+    def made():
+        all_of_it = computations(functools.partial(depthwise_conv, padding=pads), x, kernel)
         assert any(" while(" in text for text in all_of_it)
         # What is in memory: not what is inside of a fusion.
-        made = [text for text in all_of_it if not text.strip().startswith(("%fused", "%wrapped"))]
-        return sum(text.count("= f32[1,126,") for text in made)
+        outside = [
+            text for text in all_of_it if not text.strip().startswith(("%fused", "%wrapped"))
+        ]
+        return sum(text.count(whole) for text in outside)
 
-    with_it, without = with_and_without("zero_within", large)
+    with_it, without = with_and_without(name, made)
     assert with_it == 0 < without
 
 

@@ -91,7 +91,10 @@ def _read_by(x: jax.Array, row: jax.Array, piece: plan.Piece) -> jax.Array:
     start[piece.dim], sizes[piece.dim] = -axis.low, axis.reach
     x = windows.crop(x, start, sizes, zero=workarounds.zero_within(row, x.dtype))
     at, size, dim = row * axis.stride, piece.part.size, piece.dim + 1
-    return lax.dynamic_slice_in_dim(x, at, size, dim, allow_negative_indices=False)
+    y = lax.dynamic_slice_in_dim(x, at, size, dim, allow_negative_indices=False)
+    # Without this, XLA pads the whole image in each pass, if no other dimension is padded and the
+    # taps are a loop.
+    return workarounds.computed_once(y)
 
 
 def _with_every_kernel(x: jax.Array, kernel: jax.Array, taps: plan.Taps) -> jax.Array:

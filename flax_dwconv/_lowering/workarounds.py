@@ -62,7 +62,7 @@ def computed_once(y: jax.Array) -> jax.Array:
     A call that is not inlined would do as well, but nothing is fused with one: a layer takes 1.3
     times as long.
 
-    Test: `test_results_are_computed_once`.
+    Tests: `test_results_are_computed_once` and `test_pads_are_made_of_some_rows_at_a_time`.
     """
     info = jnp.finfo(y.dtype)
     y = lax.reduce_precision(y, info.nexp, info.nmant)
@@ -120,6 +120,6 @@ def zero_within(i: jax.Array, dtype: Any) -> jax.Array:
     which each pass reads some rows. The copy would be in memory as a whole, and a 7x7 kernel on
     102x102x659 takes 1.1 to 1.7 times as long. `i` is at least 0, and depends on the index.
 
-    Test: `test_pads_stay_in_the_loop`.
+    Test: `test_pads_are_made_of_some_rows_at_a_time`.
     """
     return lax.convert_element_type(lax.min(i, lax.full_like(i, 0)), dtype)
