@@ -116,7 +116,7 @@ class Piece:
     Attributes:
       images: how many images; 1 if `rows` are not all.
       rows: how many rows of outputs, which are positions of one spatial dimension.
-      dim: that dimension: the first that has more outputs than taps.
+      dim: that dimension: the first that has more outputs than taps; 0 if there is none.
       axis: the geometry of whole images along it.
     """
 
@@ -127,7 +127,7 @@ class Piece:
 
     @property
     def part(self) -> Axis:
-        """The geometry along `dim` of a piece, which has all that its rows read, pads included."""
+        """The geometry of one piece along `dim`: all that its rows read, pads included."""
         part = dataclasses.replace(self.axis, out=self.rows, low=0)
         return dataclasses.replace(part, size=part.reach)
 
@@ -142,8 +142,8 @@ class Taps:
       crop: the first position and the size of the image along each dimension, pads included, which
         all phases share; None, where each phase makes its own.
       counts: how many phases there are along each dimension.
-      phases: all of them, the last dimension fastest; if `piece` has some of the rows, those of a
-        piece, which has its pads before and after its rows already.
+      phases: all of them, the last dimension fastest. If `piece` has only some of the rows, their
+        geometry along its dimension is that of one piece, which is padded there already.
       piece: what is convolved at a time; None: the whole batch.
       more_channels: how many channels of zeros a padded image has after its own, see
         `crowded_channels` in `Tuning`.
@@ -240,7 +240,7 @@ def choose(
             why += f", {piece.images} of {examples} images at a time"
             if piece.rows < piece.axis.out:
                 why += f", {piece.rows} of {piece.axis.out} rows"
-                chosen = [_cut(of, piece) for of in chosen]
+                chosen = [_cut(chosen[0], piece)]
     copied = not any(isinstance(of.algorithm, Regions | Rows) for of in chosen)
     crowded = channels % tuning.crowded_channels == 0
     more = tuning.more_channels if copied and crowded and whole and not broadcast else 0
@@ -283,8 +283,8 @@ def _piece(examples: int, channels: int, phase: Phase, tuning: Tuning) -> Piece 
             part = _cut(phase, Piece(1, rows, dim, axis))
             return channels * _memory(part.axes, part.algorithm)[0]
 
-        # In pieces of far fewer rows than the kernel reaches over, each row would be copied more
-        # than twice where the stride is 1.
+        # With far fewer rows of outputs in a piece than the kernel reaches over, and a stride of 1,
+        # each row of the image would be copied more than twice.
         least = min((axis.kernel - 1) * axis.rhs_dilation + 1, axis.out)
         rows = least + bisect.bisect_right(range(least + 1, axis.out + 1), most, key=copied)
         images, rows = 1, -(-axis.out // -(-axis.out // rows))  # as equal as they can be
@@ -300,7 +300,7 @@ def _cut(phase: Phase, piece: Piece) -> Phase:
 def _in_pieces(
     planes: int, copies: int, sums: int, results: int, several: bool, tuning: Tuning
 ) -> bool:
-    """Returns whether a batch is to be convolved in a loop, unless `_piece` finds that one is all.
+    """Returns whether a loop over a batch pays. There is none if one piece would be all of it.
 
     A loop over images saves that padded copies leave the caches. It costs that results are written
     twice more: as the zeros that it begins with, and where the pieces are put together.

@@ -90,11 +90,12 @@ class Tuning:
         'MobileNetV1-*' 'ConvNeXtTiny-*'.
       tiled_region_taps: the most `region_taps` of an effort where tiles, which load less for each
         product, pay: if the channels are no multiple of `vector`, so that vectors cross the lines
-        of the cache, or if there are more than `region_weights`. It does not hold if padded images
-        and tiles, of one image where a batch may be a loop, have `batch_temporaries` or more: in
-        pieces of such an image, 5x5 kernels take 1.3 to 1.9 times as long in tiles. This limit was
-        measured for 5x5 kernels only. They compile in half the time as tiles. Fourteen layers with
-        odd channels took 0.97 of the time in the mean, 0.65 to 1.7.
+        of the cache, or if there are more than `region_weights`. It is ignored if padded images and
+        tiles together have `batch_temporaries` elements or more; where the batch may be convolved
+        in a loop, those of one image count. Such an image is convolved some rows at a time, and 5x5
+        kernels then take 1.1 to 2.0 times as long in tiles as in regions. This limit was measured
+        for 5x5 kernels only. They compile in half the time as tiles. Fourteen layers with odd
+        channels took 0.97 of the time in the mean, 0.65 to 1.7.
       region_weights: the most weights of all taps and channels for regions. At this limit, 256
         channels of a 5x5 kernel, weights and pixels are 51 KB, slightly more than a first cache of
         48 KB. With 320 to 960 channels, a 5x5 kernel takes 0.66 to 0.98 of the time in tiles, and
@@ -133,14 +134,15 @@ class Tuning:
         padded images leave the caches. It writes the results twice more: as the zeros that it
         begins with, and where pieces are put together. With strides of 2 and passes of 4 MiB, 7x7
         and 9x9 kernels on padded images of 6 to 20 MiB take 0.3 to 1.1 of the time, 0.9 in the
-        mean, on a CPU whose second cache has 1 MB; on one of 2 MB, with passes of 8 MiB, 0.9 to
-        1.1. There is no loop if one pass is all: see `loop_copies`.
-      loop_copies: fewer elements of padded images than this, 8 MiB, are in memory in one pass of
-        that loop, or those of one image. If one image has `batch_temporaries`, they are those of
-        some of its rows: of about as many as the kernel reaches over, or more. Large images then
-        take 0.54 to 0.87 of the time that passes of some channels take: those are not neighbours in
-        memory. With 4 MiB instead, large images take 1.0 to 1.4 times as long, and batches 0.9 to
-        1.3 times as long, 1.05 in the mean of twelve.
+        mean, on a CPU whose second cache has 1 MB; on one of 2 MB, with passes of 8 MiB, 0.8 to
+        1.2. There is no loop if one pass is all: see `loop_copies`.
+      loop_copies: one pass of that loop makes fewer elements of padded images than this, 8 MiB, but
+        at least one whole image. An image that alone has `batch_temporaries` or more is cut into
+        pieces of rows, of about as many rows of outputs as the kernel reaches over, or more. Large
+        images take 0.54 to 0.87 of the time that they would take if they were cut by channels,
+        because some channels of an image are not contiguous in memory. With 4 MiB instead, large
+        images take 1.0 to 1.4 times as long, and batches 0.8 to 1.3 times as long, 1.03 in the mean
+        of twelve.
       crowded_channels: a padded image whose channels are a multiple of this, 2 KiB, gets
         `more_channels`. Else the pixels that a tile reads share a few sets of the cache: with 512
         and 1,024 channels, 7x7 and 9x9 kernels then take 1.1 to 2.2 times as long. With 128 to 384

@@ -109,7 +109,7 @@ def crop(
       first: a position of each spatial dimension.
       sizes: how many positions.
       more_channels: how many channels of zeros to add.
-      zero: a 0 of the dtype of `x` that XLA does not know; None is one that it knows.
+      zero: what to pad with, such as `workarounds.zero_within` returns; None is a constant 0.
     """
     dims = list(zip(first, sizes, x.shape[1:-1], strict=True))
     start = [min(max(lo, 0), old) for lo, _, old in dims]

@@ -114,11 +114,11 @@ def parallel(i: jax.Array) -> Any:
 
 
 def zero_within(i: jax.Array, dtype: Any) -> jax.Array:
-    """Returns a 0 of that dtype, such that XLA leaves in a loop what is padded with it there.
+    """Returns a 0 that XLA takes for a value of a loop's index: a pad with it stays in the loop.
 
     XLA moves out of a loop what does not depend on its index: here, the padded copy of an image of
     which each pass reads some rows. The copy would be in memory as a whole, and a 7x7 kernel on
-    102x102x659 takes 1.1 to 1.7 times as long. `i` is at least 0, and depends on the index.
+    102x102x659 takes 1.1 to 1.7 times as long. `i` must be at least 0 and depend on the index.
 
     Test: `test_pads_are_made_of_some_rows_at_a_time`.
     """
