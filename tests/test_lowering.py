@@ -19,7 +19,8 @@ from jax.sharding import PartitionSpec as P
 
 import flax_dwconv
 from flax_dwconv import activations, depthwise_conv2d
-from flax_dwconv._lowering import tuning
+from flax_dwconv._lowering import forward, forward_plan, tuning
+from flax_dwconv._lowering.axis import Axis
 
 # kernel size, strides, padding, dilation rate, multiplier, channels_first, image size
 CASES = {
@@ -776,3 +777,20 @@ def test_crowded_pixels_are_copied_apart():
     x, kernel = jnp.zeros((1, 9, 9, 512)), jnp.zeros((7, 7, 512, 1))
     text = jax.jit(functools.partial(depthwise_conv2d, padding="same")).lower(x, kernel).as_text()
     assert "high = [0, 3, 3, 16]" in text and "tensor<1x15x15x528xf32>" in text
+
+
+@pytest.mark.parametrize("kernels", [1, 2])
+def test_some_rows_by_several_kernels(kernels):
+    """The results of each kernel are put where they belong."""
+    limits = dict(batch_temporaries=0, loop_copies=0)
+    tiles = (tuning.Effort(0, region_taps=0, products=1),)
+    constants = dataclasses.replace(tuning.TUNING, efforts=tiles, **limits)
+    axes = [Axis(7, 3, 7, 1, 1, 1, 1)] * 2
+    taps, _ = forward_plan.choose(2, kernels, axes, 5, constants, whole=True)
+    assert taps.piece.rows < 7
+    rng = np.random.default_rng(0)
+    x, kernel = integers(rng, (2, 7, 7, 5)), integers(rng, (kernels, 3, 3, 5))
+    y = jax.jit(lambda x, kernel: forward.convolve(x, kernel, taps))(x, kernel)
+    for m in range(kernels):
+        expected = depthwise_conv2d(x, kernel[m, ..., None], padding="same", method="lax")
+        np.testing.assert_array_equal(y[:, m], expected)
