@@ -171,6 +171,27 @@ def test_pads_are_made_of_some_rows_at_a_time(name, size, kernel, pads, with_and
     assert with_it == 0 < without
 
 
+def test_cotangents_are_not_copied(with_and_without):
+    """Without it, some images at a time, a loop over taps begins with copies of a cotangent."""
+    x = jax.ShapeDtypeStruct((8, 43, 43, 374), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((7, 7, 374, 1), jnp.float32)
+    g = jax.ShapeDtypeStruct((8, 22, 22, 374), jnp.float32)
+
+    def copies():
+        def gradient(x, kernel, g):
+            return jax.vjp(lambda k: depthwise_conv2d(x, k, strides=2, padding="same"), kernel)[1](
+                g
+            )
+
+        text = jax.jit(gradient).lower(x, kernel, g).compile().as_text()
+        assert text.count(" while(") == 2, "over images and over taps"
+        # What is in memory: of each of 11 positions, all from the first block to the second.
+        return len(re.findall(r"= f32\[\d,22,12,374\]\S* fusion\(", text))
+
+    with_it, without = with_and_without("zero_within", copies)
+    assert with_it == 0 < without
+
+
 # What LLVM makes of it, with the flags that users have
 
 DUMP = """

@@ -114,7 +114,13 @@ def _passes(
             i = workarounds.parallel(i) if gradient.parallel else i
             corner = windows.unravel(i, gradient.grid)
             start = [a * gap for a, gap in zip(corner, loop.apart, strict=True)]
-            return _taps(operands(windows.moving_window(x, start)), blocks, gradient)
+            read = operands(windows.moving_window(x, start))
+            if first is not None:
+                # XLA would move the slices of the cotangent out of the loop: copies of all of it.
+                again = lax.add(first, workarounds.zero_within(i, first.dtype))
+                moving = windows.moving_window(g, still, again, examples)
+                read = dataclasses.replace(read, cotangent=moving)
+            return _taps(read, blocks, gradient)
 
         y = lax.map(step, jnp.arange(math.prod(gradient.grid)))
     grid, taps = gradient.grid, gradient.taps

@@ -1,7 +1,6 @@
 """How the gradients of the taps of a kernel are shared out among passes, on integers alone."""
 
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -162,21 +161,16 @@ def choose(
     if exchanged:
         axes = [axis.swapped() for axis in axes]
     elements = examples * math.prod(axis.size for axis in axes) * channels
-    shared_out = functools.partial(
-        _choose, axes=axes, elements=elements, exchanged=exchanged, tuning=tuning, filters=filters
-    )
-    gradient, why = shared_out(moving=False)
+    gradient, why = _choose(axes, elements, exchanged, tuning, filters)
     # The cotangent is usually computed, not an argument, so it takes memory too.
     cotangent = channels * math.prod(axis.kernel for axis in axes)
     temporaries = channels * _temporaries(gradient)
     many = examples * temporaries >= tuning.gradient_temporaries
     large = examples * (cotangent + temporaries) >= tuning.batch_temporaries
     if whole and filters == 1 and examples > 1 and many and large:
-        moving, _ = shared_out(moving=True)
-        each = channels * _temporaries(moving)
-        images = at_once(examples, each, tuning.gradient_loop_temporaries)
+        images = at_once(examples, temporaries, tuning.gradient_loop_temporaries)
         if images:
-            gradient = dataclasses.replace(moving, images=images)
+            gradient = dataclasses.replace(gradient, images=images)
             why += f", {images} of {examples} images at a time"
     return gradient, why
 
@@ -203,13 +197,7 @@ def _temporaries(gradient: KernelGradient) -> int:
 
 
 def _choose(
-    *,
-    axes: Sequence[Axis],
-    elements: int,
-    exchanged: bool,
-    moving: bool,
-    tuning: Tuning,
-    filters: int,
+    axes: Sequence[Axis], elements: int, exchanged: bool, tuning: Tuning, filters: int
 ) -> tuple[KernelGradient, str]:
     """Returns the algorithm for all images at once, and why.
 
@@ -217,7 +205,6 @@ def _choose(
       axes: the geometry, with the roles of image and cotangent exchanged if they are.
       elements: of all images. What is decided by them is the same for all and for some at a time.
       exchanged: as in `KernelGradient`.
-      moving: whether it is to be inside a loop over images, so that windows move.
       tuning: the constants.
       filters: as in `choose`.
     """
@@ -227,10 +214,9 @@ def _choose(
     # 25 ms, that of a (1, 11) kernel 0.7 ms.
     along = max(range(len(axes)), key=lambda d: (axes[d].out, d))
     longest = axes[along]
-    large = elements >= tuning.one_by_one_elements and not moving
-    taps, positions, why = _share(axes, along, tuning)
-    unrolled = tuning.moving_products if moving else tuning.unrolled_products
-    limits = Limits(positions, large, unrolled)
+    large = elements >= tuning.one_by_one_elements
+    taps, positions, why = _share(axes, along, large, tuning)
+    limits = Limits(positions, large, tuning.unrolled_products)
     grid = [-(-axis.out // n) for axis, n in zip(axes, taps, strict=True)]
     apart = [n * axis.stride for axis, n in zip(axes, taps, strict=True)]
     passes = math.prod(grid)
@@ -292,19 +278,23 @@ def _partial_sums(taps: Sequence[int], blocks: Sequence[Block]) -> int:
     return math.prod(taps) * sum(math.prod(block.counts) for block in blocks)
 
 
-def _share(axes: Sequence[Axis], along: int, tuning: Tuning) -> tuple[list[int], int, str]:
+def _share(
+    axes: Sequence[Axis], along: int, large: bool, tuning: Tuning
+) -> tuple[list[int], int, str]:
     """Returns how many taps of each dimension one pass has, and of how many positions; and why.
 
     Args:
       axes: the geometry.
       along: the dimension with the most taps.
+      large: as in `Limits`.
       tuning: the constants.
     """
     taps = [axis.out for axis in axes]
     few_outside = all(axis.edge_taps <= axis.out for axis in axes)
     if math.prod(taps) <= tuning.all_taps and few_outside:
         return taps, tuning.row_positions, "all taps in one pass"
-    pieces = -(-taps[along] // tuning.row_taps)
+    most = max(tuning.row_taps, tuning.all_taps if large else 0)
+    pieces = -(-taps[along] // most)
     piece = -(-taps[along] // pieces)
     taps = [piece if d == along else 1 for d in range(len(axes))]
     return taps, tuning.row_products // piece, "a row of taps, or a piece of one, in one pass"
@@ -505,7 +495,7 @@ def _width(
         left = every % width
         one_by_one = 0 if reduced or limits.large else tuning.one_by_one_cost
         # If all taps have equally many positions, no other block shares the loop of what is left.
-        rest = 2 * left + (tuning.rest_cost if alone and left else 0)
+        rest = 2 * left + (tuning.rest_cost if alone and left and not limits.large else 0)
         return every // width + rest + one_by_one, not reduced, -width
 
     choices = [(width, False) for width in range(1, max(most, 1) + 1)]

@@ -1,5 +1,7 @@
 """Sums of terms: one output as a tree of rows, several outputs in one loop."""
 
+import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +15,12 @@ from flax_dwconv._lowering import workarounds
 # product}. A "row" is the terms whose keys agree but for the last number: a row of the kernel, or a
 # group of positions.
 Terms = dict[tuple[int, ...], jax.Array]
+
+# At most so many outputs that grow together are two sums each. A product with a sum takes four
+# cycles, and a core begins two in each, so eight sums keep it busy: 7x7 and 9x9 kernels on large
+# images take 0.7 to 1.04 of the time so, 0.95 in the mean of 22 layers. With three sums, nine of
+# them take 1.02 times as long as with two.
+TWO_SUMS = 6
 
 
 def tree(terms: Terms, shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -78,14 +86,19 @@ def along(arrays: Sequence[jax.Array], axis: int) -> list[jax.Array]:
 def _row_by_row(outputs: Sequence[Terms], shape: tuple[int, ...], dtype: Any) -> list[jax.Array]:
     """Sums up the terms of each output so that all outputs grow together.
 
-    The first output waits, after each row, for the others.
+    The first output waits, after each row, for the others. Few outputs are two sums each, which get
+    every other term.
     """
-    sums: list[Any] = [None] * len(outputs)
+    parts = 1 if len(outputs) > TWO_SUMS else 2
+    sums: list[Any] = [None] * (parts * len(outputs))
+    turns = [itertools.cycle(range(i, len(sums), len(outputs))) for i in range(len(outputs))]
     for row in dict.fromkeys(tap[:-1] for terms in outputs for tap in terms):
         others = [y for y in sums[1:] if y is not None]
         if sums[0] is not None and others:
             sums[0] = workarounds.after(sums[0], others)
-        for i, terms in enumerate(outputs):
+        for terms, turn in zip(outputs, turns, strict=True):
             for term in [term for tap, term in terms.items() if tap[:-1] == row]:
+                i = next(turn)
                 sums[i] = term if sums[i] is None else lax.add(sums[i], term)
-    return [jnp.zeros(shape, dtype) if y is None else y for y in sums]
+    found = [[y for y in sums[i :: len(outputs)] if y is not None] for i in range(len(outputs))]
+    return [functools.reduce(lax.add, of) if of else jnp.zeros(shape, dtype) for of in found]

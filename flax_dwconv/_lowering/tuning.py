@@ -169,8 +169,9 @@ class Tuning:
       all_taps: the most taps of a kernel whose gradients are all computed in one pass of the inner
         loop, which reads image and cotangent once: on 8 images of 56x56x144, the gradient of a 3x3
         kernel takes 0.65 of the time. Layers: 'MobileNetV2-*'.
-      row_taps: the most taps of a row of the kernel whose gradients one pass computes otherwise.
-        Layers for these and the next: 'MobileNetV3-*' 'ConvNeXtTiny-*'.
+      row_taps: the most taps of a row of the kernel whose gradients one pass computes otherwise;
+        `all_taps`, if that is more, of an image of `one_by_one_elements`. Layers for these and the
+        next: 'MobileNetV3-*' 'ConvNeXtTiny-*'.
       row_products: about how many products of a whole row are compiled one by one in such a pass:
         taps times positions of the cotangent. Compile time grows with them.
       padded_elements: with fewer elements, the image of a kernel gradient is padded, even if its
@@ -185,10 +186,9 @@ class Tuning:
       row_positions: the most positions of a row of the cotangent whose products are compiled one
         by one as a whole, or summed up by one `reduce`.
       split_positions: the most neighbouring positions in blocks of a longer row, one by one. With
-        28, the gradients of eight layers compile to 1.15 times as many lines of HLO and take 0.96
-        to 1.06 times as long; with 9, those of eleven compile to 0.91 times as many and take 0.91
-        to 1.25 times as long. If rows of 28 are split too, a 3x3 kernel compiles to 0.7 times as
-        many, but 1 and 8 images of 28x28x192 take 1.4 and 1.3 times as long.
+        14 instead, a row of 68 was 17 blocks of 4: a 7x7 kernel on 68x68x900 took 1.6 times as
+        long. If rows of 28 are split too, a 3x3 kernel compiles to 0.7 times as many lines of HLO,
+        but 1 and 8 images of 28x28x192 take 1.4 and 1.3 times as long.
       short_row_products: a row of at most as many products is compiled one by one in any case.
         Without that, ten layers, of 6 to 20 positions a row, compile in 0.87 of the time and take
         0.8 to 1.8 times as long, 1.12 in the mean.
@@ -201,7 +201,8 @@ class Tuning:
         one block.
       rest_cost: blocks have the width that costs least, counted in blocks: their number, twice the
         positions that are left over, and this constant if any are left over where all taps have
-        equally many. No other block would share their loop.
+        equally many. No other block would share their loop. It is not added for images of
+        `one_by_one_elements`: with it, kernel gradients of thirteen layers take 1.06 times as long.
       one_by_one_cost: is added to that cost for a width whose products are not one `reduce`. So
         rows of 28 are blocks of 7, but rows of 13 and 26 are blocks of 13, product by product: with
         blocks of 12 and 1 or 2 positions left, 7x7 kernels took 2.6 and 3.4 times as long.
@@ -209,9 +210,9 @@ class Tuning:
         kernel gradient is a loop over some images, if these and the cotangent have
         `batch_temporaries`. Train steps of six layers, on images of 14 to 25 MB, took 0.45 to 0.93
         of the time so: most of it was spent on mapping memory anew.
-      gradient_loop_temporaries: fewer elements of them than this, 4 MiB, are in memory in one pass
-        of that loop, if the batch divides so. With 8 MiB the same train steps took 0.8 to 1.9
-        times as long.
+      gradient_loop_temporaries: fewer elements of them than this, 8 MiB, are in memory in one pass
+        of that loop, if the batch divides so. Kernel gradients of twelve layers take 1.04 times as
+        long with 4 MiB, and 0.98 times with 16.
       positions_together: the sums of all taps grow together, by so many positions of the cotangent
         at a time.
       unrolled_bodies: the most passes of a kernel gradient that are compiled one by one. More are a
@@ -287,7 +288,7 @@ class Tuning:
     padded_elements: int = 1 << 18
     one_by_one_elements: int = 1 << 19
     row_positions: int = 28
-    split_positions: int = 14
+    split_positions: int = 17
     short_row_products: int = 64
     unrolled_products: int = 98
     moving_products: int = 66
@@ -295,7 +296,7 @@ class Tuning:
     rest_cost: int = 8
     one_by_one_cost: int = 9
     gradient_temporaries: int = 1 << 20
-    gradient_loop_temporaries: int = 1 << 20
+    gradient_loop_temporaries: int = 1 << 21
     positions_together: int = 4
     unrolled_bodies: int = 3
     unrolled_bodies_large: int = 5

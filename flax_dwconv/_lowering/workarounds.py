@@ -114,12 +114,15 @@ def parallel(i: jax.Array) -> Any:
 
 
 def zero_within(i: jax.Array, dtype: Any) -> jax.Array:
-    """Returns a 0 that XLA takes for a value of a loop's index: a pad with it stays in the loop.
+    """Returns a 0 that XLA takes for a value of a loop's index: what reads it stays in the loop.
 
-    XLA moves out of a loop what does not depend on its index: here, the padded copy of an image of
-    which each pass reads some rows. The copy would be in memory as a whole, and a 7x7 kernel on
-    102x102x659 takes 1.1 to 1.7 times as long. `i` must be at least 0 and depend on the index.
+    XLA moves out of a loop what does not depend on its index. One such thing is the padded copy of
+    an image of which each pass reads some rows: it would be in memory as a whole, and a 7x7 kernel
+    on 102x102x659 takes 1.1 to 1.7 times as long. The other, in a loop over images, is the slices
+    of their cotangent, one for each position of a block, which every pass over the taps reads: they
+    would all be copied. The kernel gradients of six layers take 1.15 times as long then, and 1.4
+    times as long to compile. `i` must be at least 0 and depend on the index.
 
-    Test: `test_pads_are_made_of_some_rows_at_a_time`.
+    Tests: `test_pads_are_made_of_some_rows_at_a_time` and `test_cotangents_are_not_copied`.
     """
     return lax.convert_element_type(lax.min(i, lax.full_like(i, 0)), dtype)
