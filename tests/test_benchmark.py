@@ -280,7 +280,7 @@ def fake(other=False):
     return build
 
 
-SETTINGS = "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_"
+SETTINGS = "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_ARENA_MAX"
 
 
 def settings():
@@ -288,7 +288,7 @@ def settings():
     return lambda *_: {"": lambda: [np.array(float(os.environ.get(s, -1))) for s in SETTINGS]}
 
 
-@pytest.mark.parametrize(("name", "found"), [("torch", [0, 2**40]), ("keras-torch", [1, 1])])
+@pytest.mark.parametrize(("name", "found"), [("torch", [0, 2**40, 1]), ("keras-torch", [1, 1, 1])])
 def test_workers_of_layers_keep_their_memory(name, found, monkeypatch):
     for setting in SETTINGS:
         monkeypatch.delenv(setting, raising=False)
