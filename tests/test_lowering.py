@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 import flax_dwconv
 from flax_dwconv import activations, depthwise_conv2d
-from flax_dwconv._lowering import forward, forward_plan, tuning
+from flax_dwconv._lowering import forward, forward_plan, sums, tuning
 from flax_dwconv._lowering.axis import Axis
 
 # kernel size, strides, padding, dilation rate, multiplier, channels_first, image size
@@ -794,3 +794,11 @@ def test_some_rows_by_several_kernels(kernels):
     for m in range(kernels):
         expected = depthwise_conv2d(x, kernel[m, ..., None], padding="same", method="lax")
         np.testing.assert_array_equal(y[:, m], expected)
+
+
+@pytest.mark.parametrize(("outputs", "total"), [(2, 2), (6, 2), (7, 1)])
+def test_few_outputs_are_two_sums_each(outputs, total):
+    """In float32, 2^30 + 1 is 2^30: the first 1 is lost unless it is in the other sum."""
+    terms = {(0, i): jnp.full((1,), x) for i, x in enumerate([2.0**30, 1.0, -(2.0**30), 1.0])}
+    found = sums.together([terms] * outputs, True, (1,), jnp.float32)
+    assert [y.item() for y in found] == [total] * outputs
