@@ -300,6 +300,14 @@ ALGORITHMS = {
         "gradient_temporaries": 0,
         "gradient_loop_temporaries": 1000,
     },
+    "gradients of some large images, and of some taps, at a time": {
+        "batch_temporaries": 0,
+        "gradient_temporaries": 0,
+        "gradient_loop_temporaries": 1000,
+        "one_by_one_elements": 0,
+        "unrolled_bodies": 0,
+        "unrolled_bodies_large": 0,
+    },
     "rows unrolled": {
         "efforts": (tuning.Effort(0, 0, 999),),
         "padded_elements": 0,

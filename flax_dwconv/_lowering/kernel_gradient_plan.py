@@ -59,7 +59,7 @@ class Limits:
     Attributes:
       positions: the most positions of a row whose products are compiled one by one as a whole.
       large: whether the image is as large as `one_by_one_elements` in `Tuning`.
-      unrolled: as `unrolled_products` in `Tuning`; in a loop as `moving_products`.
+      unrolled: as `unrolled_products` in `Tuning`; in a loop over taps as `moving_products`.
     """
 
     positions: int

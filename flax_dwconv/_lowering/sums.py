@@ -19,7 +19,7 @@ Terms = dict[tuple[int, ...], jax.Array]
 # At most so many outputs that grow together are two sums each. A product with a sum takes four
 # cycles, and a core begins two in each, so eight sums keep it busy: 7x7 and 9x9 kernels on large
 # images take 0.7 to 1.04 of the time so, 0.95 in the mean of 22 layers. With three sums, nine of
-# them take 1.02 times as long as with two.
+# those layers take 1.02 times as long as with two.
 TWO_SUMS = 6
 
 

@@ -186,17 +186,18 @@ class Tuning:
       row_positions: the most positions of a row of the cotangent whose products are compiled one
         by one as a whole, or summed up by one `reduce`.
       split_positions: the most neighbouring positions in blocks of a longer row, one by one. With
-        14 instead, a row of 68 was 17 blocks of 4: a 7x7 kernel on 68x68x900 took 1.6 times as
-        long. If rows of 28 are split too, a 3x3 kernel compiles to 0.7 times as many lines of HLO,
-        but 1 and 8 images of 28x28x192 take 1.4 and 1.3 times as long.
+        14, and `rest_cost` for every image, a row of 68 was 17 blocks of 4: a 7x7 kernel on
+        68x68x900 took 1.6 times as long. If rows of 28 are split too, a 3x3 kernel compiles to 0.7
+        times as many lines of HLO, but 1 and 8 images of 28x28x192 take 1.4 and 1.3 times as long.
       short_row_products: a row of at most as many products is compiled one by one in any case.
         Without that, ten layers, of 6 to 20 positions a row, compile in 0.87 of the time and take
         0.8 to 1.8 times as long, 1.12 in the mean.
       unrolled_products: one `reduce` sums up at most n positions of m products each, such that
         n * (m + 1) <= this: LLVM does not vectorise what has more. The rule was found by trying 2
         to 9 products, see `test_a_reduce_of_few_products_is_vectorised`.
-      moving_products: the same inside a loop. A window whose place is known only when the program
-        runs has more instructions: with 98, the gradients of 9x9 kernels took 3 times as long.
+      moving_products: the same inside a loop over taps. A window whose place is known only when the
+        program runs has more instructions: with 98, the gradients of 9x9 kernels took 3 times as
+        long.
       rest_products: if at most so many positions of all taps are left of a row or column, they are
         one block.
       rest_cost: blocks have the width that costs least, counted in blocks: their number, twice the

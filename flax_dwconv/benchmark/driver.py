@@ -114,7 +114,8 @@ class Worker:
             # Results from 32 MiB on: glibc takes their memory from the system in each call, or it
             # does not, as what a process freed before will have it. For 8 images of 76x76x266,
             # PyTorch took 22 ms in one process and 7.5 in another. So all keep what they have. The
-            # arenas of further threads, which XLA's results are in, give back what they can.
+            # arenas of further threads, which XLA's results are in, give back what they can: so
+            # there is one arena.
             keep = {"MMAP_MAX_": 0, "TRIM_THRESHOLD_": 1 << 40, "ARENA_MAX": 1}
             environment |= {f"MALLOC_{name}": str(value) for name, value in keep.items()}
         on_cpu = {} if device else {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}
