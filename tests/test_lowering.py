@@ -773,6 +773,26 @@ def test_weights_are_parts_of_a_flat_array():
     assert text.count("(tensor<72xf32>) -> tensor<8xf32>") == 9
 
 
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize(("size", "k", "strides"), [(14, 3, 1), (56, 3, 2), (28, 5, 1), (15, 7, 2)])
+def test_no_operation_does_nothing(images, size, k, strides):
+    """XLA would remove such operations; here they would be traced, lowered and compiled first."""
+    x, kernel = jnp.zeros((images, size, size, 16)), jnp.zeros((k, k, 16, 1))
+
+    def conv(x, kernel):
+        return depthwise_conv2d(x, kernel, strides=strides, padding="same")
+
+    def gradients(x, kernel):
+        y, pull = jax.vjp(conv, x, kernel)
+        return pull(y)
+
+    names = r"stablehlo\.(slice|reshape|broadcast_in_dim|pad) .*flax_dwconv"
+    types = r".* : \(tensor<(.+?)>.*\) -> tensor<(.+?)>"
+    changed = re.findall(names + types, jax.jit(gradients).lower(x, kernel).as_text())
+    assert len(changed) > 50
+    assert not [(name, before) for name, before, after in changed if before == after]
+
+
 def test_crowded_pixels_are_copied_apart():
     x, kernel = jnp.zeros((1, 9, 9, 512)), jnp.zeros((7, 7, 512, 1))
     text = jax.jit(functools.partial(depthwise_conv2d, padding="same")).lower(x, kernel).as_text()
@@ -796,9 +816,9 @@ def test_some_rows_by_several_kernels(kernels):
         np.testing.assert_array_equal(y[:, m], expected)
 
 
-@pytest.mark.parametrize(("outputs", "total"), [(2, 2), (6, 2), (7, 1)])
-def test_few_outputs_are_two_sums_each(outputs, total):
+@pytest.mark.parametrize(("sums_each", "total"), [(0, 1), (1, 1), (2, 2)])
+def test_terms_are_added_to_sums_in_turns(sums_each, total):
     """In float32, 2^30 + 1 is 2^30: the first 1 is lost unless it is in the other sum."""
     terms = {(0, i): jnp.full((1,), x) for i, x in enumerate([2.0**30, 1.0, -(2.0**30), 1.0])}
-    found = sums.together([terms] * outputs, True, (1,), jnp.float32)
-    assert [y.item() for y in found] == [total] * outputs
+    found = sums.together([terms] * 4, sums_each, (1,), jnp.float32)
+    assert [y.item() for y in found] == [total] * 4

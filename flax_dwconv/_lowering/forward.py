@@ -99,7 +99,7 @@ def _read_by(x: jax.Array, row: jax.Array, piece: plan.Piece) -> jax.Array:
 
 def _with_every_kernel(x: jax.Array, kernel: jax.Array, taps: plan.Taps) -> jax.Array:
     if kernel.shape[0] == 1:
-        return jnp.expand_dims(_interleaved(x, kernel[0], taps), 1)
+        return lax.expand_dims(_interleaved(x, lax.squeeze(kernel, [0]), taps), [1])
     return jax.vmap(lambda k: _interleaved(x, k, taps), out_axes=1)(kernel)
 
 
@@ -247,7 +247,7 @@ def _rows(
                     if weight is not None:
                         terms[*row, b] = windows.multiply(image, weight)
     shape = (x.shape[0], *[axis.out for axis in outer], 1, x.shape[-1])
-    y = lax.concatenate(sums.together(outputs, rows.row_by_row, shape, x.dtype), len(axes))
+    y = lax.concatenate(sums.together(outputs, rows.sums_each, shape, x.dtype), len(axes))
     return lax.rev(y, [d for d, exchanged in enumerate(rows.exchanged, 1) if exchanged])
 
 
@@ -274,7 +274,7 @@ class _Tiles:
     ) -> None:
         *outs, last = [axis.out for axis in axes]
         outputs = algorithm.outputs
-        self._axes, self._outputs, self._row_by_row = axes, outputs, algorithm.row_by_row
+        self._axes, self._outputs, self._sums_each = axes, outputs, algorithm.sums_each
         self._exchanged, self._whole = taps.exchanged, taps.whole
         self._blocks = [*outs, -(-last // outputs)]
         self._steps = [axis.stride for axis in axes]
@@ -323,7 +323,7 @@ class _Tiles:
                     weight = self._seen(weight, tap if corner is None else map(add, corner, tap), i)
                 if weight is not None:
                     terms[tap] = lax.mul(image, weight)
-        return sums.together(outputs, self._row_by_row, self.shape, self.x.dtype)
+        return sums.together(outputs, self._sums_each, self.shape, self.x.dtype)
 
     def _seen(self, weight: jax.Array, tap: Iterable[Any], i: int) -> jax.Array | None:
         """Returns `weight` for those outputs for which the tap reads inside, 0 for the others.

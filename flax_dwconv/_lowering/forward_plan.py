@@ -37,11 +37,11 @@ class Rows:
     Attributes:
       exchanged: for each spatial dimension but the last, whether image and kernel exchange their
         roles there: the image's rows are the taps.
-      row_by_row: how the outputs are summed up, see `sums.together`.
+      sums_each: how the outputs are summed up, see `Tuning.sums_each`.
     """
 
     exchanged: tuple[bool, ...]
-    row_by_row: bool
+    sums_each: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +50,11 @@ class Tiles:
 
     Attributes:
       outputs: neighbouring outputs of a tile.
-      row_by_row: how they are summed up, see `sums.together`.
+      sums_each: how they are summed up, see `Tuning.sums_each`.
     """
 
     outputs: int
-    row_by_row: bool
+    sums_each: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +63,13 @@ class Loop:
 
     Attributes:
       outputs: neighbouring outputs of a tile.
-      row_by_row: how they are summed up, see `sums.together`.
+      sums_each: how they are summed up, see `Tuning.sums_each`.
       passes: the loops.
       parallel: as `parallel_loops` in `Tuning`.
     """
 
     outputs: int
-    row_by_row: bool
+    sums_each: int
     passes: tuple["Pass", ...]
     parallel: bool
 
@@ -208,7 +208,7 @@ def choose(
     of_kernel = math.prod(axis.kernel for axis in axes)
     shared = channels % tuning.vector or of_kernel * channels > tuning.region_weights
     if shared and effort.products >= 2 * of_kernel:
-        tiles = sum(_memory(axes, Tiles(outputs=1, row_by_row=False)))
+        tiles = sum(_memory(axes, Tiles(outputs=1, sums_each=0)))
         if channels * tiles * (1 if divisible else examples) < tuning.batch_temporaries:
             most = min(most, tuning.tiled_region_taps)
     padded, region_taps = _regions(phases, most, tuning)
@@ -442,8 +442,7 @@ def _padded(
     if taps > tuning.unrolled_taps:
         outputs = tuning.loop_outputs
         passes = _passes(sizes, outputs, tuning)
-        row_by_row = outputs >= tuning.outputs_row_by_row
-        loop = Loop(outputs, row_by_row, passes, tuning.parallel_loops)
+        loop = Loop(outputs, tuning.sums_each(outputs), passes, tuning.parallel_loops)
         results = math.prod(axis.out for axis in axes)
         in_pieces = _in_pieces(planes, *_memory(axes, loop), results, several, tuning)
         if not in_pieces or products < outputs * taps:
@@ -453,9 +452,9 @@ def _padded(
             may_exchange and axis.size <= axis.kernel and axis.rhs_dilation == 1
             for axis in axes[:-1]
         )
-        return Rows(exchanged, axes[-1].out >= tuning.outputs_row_by_row)
+        return Rows(exchanged, tuning.sums_each(axes[-1].out))
     outputs = _tile(axes, max(min(tuning.tile_outputs, products // taps), 1))
-    return Tiles(outputs, outputs >= tuning.outputs_row_by_row)
+    return Tiles(outputs, tuning.sums_each(outputs))
 
 
 def _tile(axes: Sequence[Axis], most: int) -> int:

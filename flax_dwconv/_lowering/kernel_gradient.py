@@ -105,7 +105,8 @@ def _passes(
     )
     if gradient.loop is None:
         read = operands(image or functools.partial(windows.window, x))
-        y = jnp.stack([_taps(read, blocks, gradient) for blocks in gradient.blocks])
+        parts = [_taps(read, blocks, gradient) for blocks in gradient.blocks]
+        y = lax.concatenate(parts, 0) if len(parts) > 1 else parts[0]
     else:
         loop, (blocks,) = gradient.loop, gradient.blocks
         x = windows.crop(x, loop.first, loop.reach)
@@ -123,14 +124,14 @@ def _passes(
             return _taps(read, blocks, gradient)
 
         y = lax.map(step, jnp.arange(math.prod(gradient.grid)))
-    grid, taps = gradient.grid, gradient.taps
-    tail = y.shape[1 + len(taps) :]
+    grid, taps, tail = gradient.grid, gradient.taps, g.shape[rank + 1 :]
     if any(n > 1 for n in taps[:-1]) and math.prod(grid) > 1:  # else the taps are in order
         pairs = [(d, d + len(grid)) for d in range(len(grid))]
         y = y.reshape(*grid, *taps, *tail)
         y = lax.transpose(y, [*itertools.chain(*pairs), *range(2 * len(grid), y.ndim)])
     y = y.reshape(*[n * m for n, m in zip(grid, taps, strict=True)], *tail)
-    return lax.slice(y, [0] * y.ndim, [*gradient.outs, *tail])
+    outs = *gradient.outs, *tail
+    return y if y.shape == outs else lax.slice(y, [0] * y.ndim, outs)
 
 
 def _taps(
@@ -143,15 +144,20 @@ def _taps(
       blocks: what is summed up.
       gradient: the plan.
     """
-    zeros = jnp.zeros(operands.tail, operands.dtype)
-    every = list(itertools.product(*map(range, gradient.taps)))
+    shape, tail, dtype = gradient.taps, operands.tail, operands.dtype
+    every = list(itertools.product(*map(range, shape)))
     parts = []
     for _, alike in itertools.groupby(sorted(blocks, key=_sizes), _sizes):
         found = _loop(operands, list(alike), gradient)
-        parts.append(jnp.stack([found.get(tap, zeros) for tap in every]))
+        if len(found) < len(every):
+            found = dict.fromkeys(every, jnp.zeros(tail, dtype)) | found
+        gradients = [found[tap] for tap in every]
+        if not gradient.whole:  # else one array of all channels, for which XLA compiles less
+            gradients = [lax.expand_dims(y, [0]) for y in gradients]
+        parts.append(lax.concatenate(gradients, 0))
     if not parts:
-        parts = [jnp.zeros((len(every), *operands.tail), operands.dtype)]
-    return functools.reduce(lax.add, parts).reshape(*gradient.taps, *operands.tail)
+        return jnp.zeros((*shape, *tail), dtype)
+    return functools.reduce(lax.add, parts).reshape(*shape, *tail)
 
 
 def _sizes(block: plan.Block) -> tuple[int, list[int]]:
@@ -189,13 +195,14 @@ def _loop(
     outputs = {tap: terms for tap, terms in outputs.items() if terms}
     shape, dtype = (*sizes, *operands.tail), operands.dtype
     if axis < 0:
-        summed = sums.together(list(outputs.values()), gradient.row_by_row, shape, dtype)
+        summed = sums.together(list(outputs.values()), gradient.sums_each, shape, dtype)
     else:
         axis += len(examples)
         terms = [sums.tree(terms, shape, dtype) for terms in outputs.values()]
         summed = sums.along(terms, axis)
         sizes = sizes[1:]
-    return {tap: y.sum(range(len(sizes))) for tap, y in zip(outputs, summed, strict=True)}
+    dims = range(len(sizes))
+    return {tap: lax.reduce_sum(y, dims) for tap, y in zip(outputs, summed, strict=True)}
 
 
 def _products(

@@ -94,10 +94,11 @@ class KernelGradient:
       grid: how many passes there are along each dimension.
       outs: the taps of the kernel along each dimension; the last passes may have more.
       blocks: for each pass, or in a loop for all, what it sums up.
-      row_by_row: how the taps of a pass are summed up, see `sums.together`.
+      sums_each: how the taps of a pass are summed up, see `Tuning.sums_each`.
       positions_together: as in `Tuning`.
       loop: the loop, or None if the passes are compiled one by one.
       images: how many images are summed up at a time, in a loop over the batch; 0: all at once.
+      whole: as in `choose`.
       parallel: as `parallel_loops` in `Tuning`.
     """
 
@@ -107,10 +108,11 @@ class KernelGradient:
     grid: tuple[int, ...]
     outs: tuple[int, ...]
     blocks: tuple[tuple[Block, ...], ...]
-    row_by_row: bool
+    sums_each: int
     positions_together: int
     loop: Loop | None
     images: int
+    whole: bool
     parallel: bool
 
 
@@ -155,13 +157,14 @@ def choose(
       tuning: the constants.
       filters: for each channel.
       whole: whether it is known that no device has only a part of the arrays. Then the batch may be
-        a loop.
+        a loop, and the gradients of all taps one flat array.
     """
     exchanged = any(axis.lhs_dilation > 1 for axis in axes)
     if exchanged:
         axes = [axis.swapped() for axis in axes]
     elements = examples * math.prod(axis.size for axis in axes) * channels
     gradient, why = _choose(axes, elements, exchanged, tuning, filters)
+    gradient = dataclasses.replace(gradient, whole=whole)
     # The cotangent is usually computed, not an argument, so it takes memory too.
     cotangent = channels * math.prod(axis.kernel for axis in axes)
     temporaries = channels * _temporaries(gradient)
@@ -233,16 +236,17 @@ def _choose(
             grid=tuple(grid),
             outs=tuple(axis.out for axis in axes),
             blocks=tuple(blocks),
-            row_by_row=math.prod(taps) >= tuning.outputs_row_by_row,
+            sums_each=tuning.sums_each(math.prod(taps)),
             positions_together=tuning.positions_together,
             loop=loop,
             images=0,
+            whole=False,
             parallel=tuning.parallel_loops,
         )
 
     if _is_unrolled(passes, elements, tuning):
         crop, of_passes = None, list(axes)
-        many = longest.edge_taps * min(longest.out, tuning.row_taps) > 2 * tuning.row_products
+        many = longest.edge_taps * taps[along] > 2 * tuning.row_products
         if many or elements < tuning.padded_elements:
             # All taps have the same positions, as some read zeros: nothing is left of the blocks.
             crop = tuple(-axis.low for axis in axes), tuple(axis.reach for axis in axes)

@@ -77,10 +77,7 @@ def cached(
             y = y.reshape(*y.shape[:-2], -1)
         order = [(0,), (y.ndim - 1, 1), *[(i,) for i in range(2, y.ndim - 1)]]
         at = sorted(range(len(order)), key=out_spec.__getitem__)
-        # XLA gives a dimension of size 1 any place in the layout, and then copies the result.
-        places = [d for i in at for d in order[i] if y.shape[d] > 1]
-        y = lax.squeeze(y, [d for d in range(y.ndim) if y.shape[d] == 1])
-        y = lax.transpose(y, [sorted(places).index(d) for d in places])
+        y = _transposed(y, y.shape, [d for i in at for d in order[i]])
         y = y.reshape(convolution.out.shape)
         # A kernel gradient ends in a concatenation, a loop or additions of a few rows, which cost
         # little if XLA computes them for each reader.
@@ -147,7 +144,8 @@ def _algorithm(x: jax.Array, kernel: jax.Array, algorithm: Any, precision: Any) 
             return _of_all_pairs(gradient, x, kernel)
         case plans.Taps():
             if x.shape[1] == 1:
-                return forward.convolve(x[:, 0], kernel[:, 0], algorithm)
+                x, kernel = lax.squeeze(x, [1]), lax.squeeze(kernel, [1])
+                return forward.convolve(x, kernel, algorithm)
             # `q` is one more dimension, which has one window.
             return lax.squeeze(forward.convolve(x, kernel, algorithm), [2])
         case _:
@@ -164,11 +162,11 @@ def _of_all_pairs(f: Program, x: jax.Array, kernel: jax.Array) -> jax.Array:
 
     def with_all(a: jax.Array) -> jax.Array:
         if kernel.shape[0] == 1:
-            return f(a, kernel[0])[None]
+            return lax.expand_dims(f(a, lax.squeeze(kernel, [0])), [0])
         return jax.vmap(f, (None, 0))(a, kernel)
 
     if x.shape[0] == 1:
-        return with_all(x[0])[None]
+        return lax.expand_dims(with_all(lax.squeeze(x, [0])), [0])
     if kernel.shape[0] > 1 and x.ndim > 5:
         return lax.map(with_all, x)
     return jax.vmap(with_all)(x)
@@ -177,5 +175,18 @@ def _of_all_pairs(f: Program, x: jax.Array, kernel: jax.Array) -> jax.Array:
 def _groups_last(x: jax.Array, spec: Sequence[int], grouped: int, groups: int) -> jax.Array:
     """Transposes to the order of `spec`, and the groups, major in `spec[grouped]`, to the end."""
     axis = spec[grouped]
-    x = x.reshape(*x.shape[:axis], groups, x.shape[axis] // groups, *x.shape[axis + 1 :])
-    return lax.transpose(x, (*[d + (d >= axis) for d in spec], axis))
+    shape = *x.shape[:axis], groups, x.shape[axis] // groups, *x.shape[axis + 1 :]
+    return _transposed(x, shape, [*[d + (d >= axis) for d in spec], axis])
+
+
+def _transposed(x: jax.Array, shape: Sequence[int], order: Sequence[int]) -> jax.Array:
+    """Returns `x`, as an array of `shape`, with its dimensions in that order.
+
+    Dimensions of size 1 are not transposed, but put in their places by a reshape: XLA gives them
+    any place in the layout, and then copies the array. Often nothing else is left to transpose.
+    """
+    places = [d for d in order if shape[d] > 1]
+    if places != sorted(places):
+        x = x.reshape([size for size in shape if size > 1])
+        x = lax.transpose(x, [sorted(places).index(d) for d in places])
+    return x.reshape([shape[d] for d in order])

@@ -16,12 +16,6 @@ from flax_dwconv._lowering import workarounds
 # group of positions.
 Terms = dict[tuple[int, ...], jax.Array]
 
-# At most so many outputs that grow together are two sums each. A product with a sum takes four
-# cycles, and a core begins two in each, so eight sums keep it busy: 7x7 and 9x9 kernels on large
-# images take 0.7 to 1.04 of the time so, 0.95 in the mean of 22 layers. With three sums, nine of
-# those layers take 1.02 times as long as with two.
-TWO_SUMS = 6
-
 
 def tree(terms: Terms, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """Sums up each row in order, and then the rows as a tree.
@@ -46,21 +40,21 @@ def tree(terms: Terms, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
 
 def together(
-    outputs: Sequence[Terms], row_by_row: bool, shape: tuple[int, ...], dtype: Any
+    outputs: Sequence[Terms], sums_each: int, shape: tuple[int, ...], dtype: Any
 ) -> list[jax.Array]:
     """Sums up the terms of each output, all in one loop, which loads once what they share.
 
     Args:
       outputs: the terms of each output.
-      row_by_row: whether each row of all outputs is summed up before the next row, else each output
-        is a tree of its own.
+      sums_each: 0, if each output is a tree of its own. Else each row of all outputs is summed up
+        before the next row, and each output has so many sums, which get its terms in turns.
       shape: that of every term.
       dtype: that of every term.
     """
     if len(outputs) == 1:
         return [tree(outputs[0], shape, dtype)]
-    if row_by_row:
-        sums = _row_by_row(outputs, shape, dtype)
+    if sums_each:
+        sums = _row_by_row(outputs, sums_each, shape, dtype)
     else:
         sums = [tree(terms, shape, dtype) for terms in outputs]
     return workarounds.one_loop(sums)
@@ -83,14 +77,14 @@ def along(arrays: Sequence[jax.Array], axis: int) -> list[jax.Array]:
     return list(lax.reduce(tuple(arrays), zeros, lambda a, b: tuple(map(lax.add, a, b)), (axis,)))
 
 
-def _row_by_row(outputs: Sequence[Terms], shape: tuple[int, ...], dtype: Any) -> list[jax.Array]:
+def _row_by_row(
+    outputs: Sequence[Terms], sums_each: int, shape: tuple[int, ...], dtype: Any
+) -> list[jax.Array]:
     """Sums up the terms of each output so that all outputs grow together.
 
-    The first output waits, after each row, for the others. Few outputs are two sums each, which get
-    every other term.
+    The first output waits, after each row, for the others.
     """
-    parts = 1 if len(outputs) > TWO_SUMS else 2
-    sums: list[Any] = [None] * (parts * len(outputs))
+    sums: list[Any] = [None] * (sums_each * len(outputs))
     turns = [itertools.cycle(range(i, len(sums), len(outputs))) for i in range(len(outputs))]
     for row in dict.fromkeys(tap[:-1] for terms in outputs for tap in terms):
         others = [y for y in sums[1:] if y is not None]

@@ -39,6 +39,8 @@ def window(
     steps = [step if n > 1 else 1 for n, step in zip(counts, steps, strict=True)]
     stop = [s + (n - 1) * step + 1 for s, n, step in zip(start, counts, steps, strict=True)]
     tail = x.shape[len(stop) + 1 :] if channels is None else (channels,)
+    if x.shape[1:] == (*counts, *tail):
+        return x  # all of it
     zeros, ones = [0 for _ in tail], [1 for _ in tail]
     return lax.slice(x, (0, *start, *zeros), (x.shape[0], *stop, *tail), (1, *steps, *ones))
 
@@ -149,7 +151,8 @@ def interleave(parts: Sequence[jax.Array], dim: int, size: int) -> jax.Array:
     parts = [pad(part, dim, 0, longest - part.shape[dim]) for part in parts]
     shape = list(parts[0].shape)
     shape[dim] *= len(parts)
-    return lax.slice_in_dim(jnp.stack(parts, dim + 1).reshape(shape), 0, size, axis=dim)
+    y = jnp.stack(parts, dim + 1).reshape(shape)
+    return y if shape[dim] == size else lax.slice_in_dim(y, 0, size, axis=dim)
 
 
 def weights_of(
@@ -168,7 +171,8 @@ def weights_of(
     sizes, tail = kernel.shape[:rank], kernel.shape[rank:]
     taps = list(itertools.product(*map(range, sizes)))
     if whole and len(tail) == 1:
-        parts = lax.split(kernel.reshape(-1), [kernel.shape[-1]] * len(taps))
+        flat = kernel.reshape(-1)
+        parts = [flat] if len(taps) == 1 else lax.split(flat, [kernel.shape[-1]] * len(taps))
         of_tap = dict(zip(taps, parts, strict=True))
         return lambda tap, shape: lax.broadcast_in_dim(of_tap[tap], shape, (len(shape) - 1,))
     rows = lax.split(kernel.reshape(len(taps), *tail), [1] * len(taps))
