@@ -67,9 +67,17 @@ KERNEL_CONSTRAINTS = CONSTRAINTS + [entry("UnitNorm", axis=[0, 1])]
 COUNT = 152
 PER_TEST = 4  # compiled together
 # The first of those that are compiled together. The default selection runs half of them, which
-# meets every value of every argument too; the rest are `slow`.
+# meets every value of every argument too.
 STARTS = range(0, COUNT, PER_TEST)
 DEFAULT = STARTS[len(STARTS) // 2 :]
+
+
+def selected(default, slow):
+    """Parametrizes a test with every start: in the default selection, `slow`, else `nightly`."""
+
+    seldom = {n: pytest.mark.slow if n in slow else pytest.mark.nightly for n in STARTS}
+    marks = seldom | dict.fromkeys(default, ())
+    return pytest.mark.parametrize("start", [pytest.param(n, marks=marks[n]) for n in STARTS])
 
 
 @pytest.fixture
@@ -210,16 +218,12 @@ def results(pair, run, params, x):
     return jax.value_and_grad(loss, (0, 1), has_aux=True)(params, x)
 
 
-@pytest.mark.parametrize(
-    "start", [n if n in DEFAULT else pytest.param(n, marks=pytest.mark.slow) for n in STARTS]
-)
+@selected(DEFAULT, slow=STARTS)
 def test_random_configurations(start):
     agree([Pair(seed) for seed in range(start, start + PER_TEST)])
 
 
-@pytest.mark.parametrize(
-    "start", [n if n in DEFAULT[:4] else pytest.param(n, marks=pytest.mark.slow) for n in STARTS]
-)
+@selected(DEFAULT[:4], slow=DEFAULT[4:10])
 @pytest.mark.parametrize("name", ["DepthwiseConv1D", "SeparableConv1D", "SeparableConv2D"])
 def test_random_configurations_of_the_family(name, start):
     agree([Pair(seed, name) for seed in range(start, start + PER_TEST)])
