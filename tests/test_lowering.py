@@ -793,6 +793,27 @@ def test_no_operation_does_nothing(images, size, k, strides):
     assert not [(name, before) for name, before, after in changed if before == after]
 
 
+@pytest.mark.parametrize("strides", [1, 2])
+def test_what_computes_an_image_pads_it(strides):
+    """One loop writes the padded image: there is no copy of it without pads."""
+
+    def f(x, kernel):
+        return depthwise_conv2d(lax.max(x, x[::-1]), kernel, strides=strides, padding="same")
+
+    def input_gradient(g, kernel):
+        x = jax.ShapeDtypeStruct((2, 14, 14, 16), jnp.float32)
+        of_x = jax.linear_transpose(
+            lambda x: depthwise_conv2d(x, kernel, strides=strides, padding="same"), x
+        )
+        return of_x(lax.max(g, g[::-1]))[0]
+
+    x, kernel = jnp.zeros((2, 14, 14, 16)), jnp.zeros((5, 5, 16, 1))
+    for program, image in ((f, x), (input_gradient, x[:, ::strides, ::strides])):
+        text = jax.jit(program).lower(image, kernel).compile().as_text()
+        (computing,) = [body for body in text.split("\n\n") if " maximum(" in body]
+        assert " pad(" in computing
+
+
 def test_crowded_pixels_are_copied_apart():
     x, kernel = jnp.zeros((1, 9, 9, 512)), jnp.zeros((7, 7, 512, 1))
     text = jax.jit(functools.partial(depthwise_conv2d, padding="same")).lower(x, kernel).as_text()

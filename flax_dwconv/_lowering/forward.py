@@ -8,7 +8,6 @@ compute
 as `axis` explains it for one dimension. What is to be emitted is the plan's choice.
 """
 
-import dataclasses
 import functools
 import itertools
 import math
@@ -25,11 +24,16 @@ from flax_dwconv._lowering import sums, windows, workarounds
 from flax_dwconv._lowering.axis import Axis, Run, inside
 
 
+def padded(x: jax.Array, taps: plan.Taps) -> jax.Array:
+    """Returns the image `(n, *sizes, c)` as `convolve` reads it, perhaps with more channels."""
+    return x if taps.crop is None else windows.crop(x, *taps.crop, taps.more_channels)
+
+
 def convolve(x: jax.Array, kernel: jax.Array, taps: plan.Taps) -> jax.Array:
     """Returns the convolution of every example with every kernel.
 
     Args:
-      x: `(n, *sizes, c)`.
+      x: `(n, *sizes, c)`, as `padded` returns it.
       kernel: `(m, *kernels, c)`, of the dtype of `x`.
       taps: the plan.
 
@@ -105,8 +109,6 @@ def _with_every_kernel(x: jax.Array, kernel: jax.Array, taps: plan.Taps) -> jax.
 
 def _interleaved(x: jax.Array, kernel: jax.Array, taps: plan.Taps) -> jax.Array:
     """Computes every phase and puts its outputs where they belong."""
-    if taps.crop is not None:
-        x = windows.crop(x, *taps.crop, taps.more_channels)
 
     def build(d: int, phases: Iterator[plan.Phase]) -> jax.Array:
         if d == len(taps.axes):
@@ -279,10 +281,7 @@ class _Tiles:
         self._blocks = [*outs, -(-last // outputs)]
         self._steps = [axis.stride for axis in axes]
         self._steps[-1] *= outputs
-        rounded = [*outs, self._blocks[-1] * outputs]
-        reach = [
-            dataclasses.replace(axis, out=n).reach for axis, n in zip(axes, rounded, strict=True)
-        ]
+        reach = plan.tile_reach(axes, outputs)
         more = taps.more_channels if taps.crop is None else 0  # else `x` has them
         self.x = windows.crop(x, [-axis.low for axis in axes], reach, more)
         self.channels = tail[0]

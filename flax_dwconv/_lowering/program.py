@@ -55,8 +55,6 @@ def cached(
         return _pointwise(convolution, plan, plan.algorithm, precision)
     lhs_spec, rhs_spec, out_spec = (operand.spec for operand in convolution.operands)
     grouped = 0 if convolution.batch_groups > 1 else 1  # the batch or the features of `lhs`
-    depthwise = not isinstance(plan.algorithm, plans.Product | plans.Patches | plans.Overlap)
-    tricks = depthwise and convolution.on_cpu
 
     def compute(x: jax.Array, kernel: jax.Array) -> jax.Array:
         x = _groups_last(x.astype(plan.accumulator), lhs_spec, grouped, plan.groups)
@@ -67,9 +65,7 @@ def cached(
         elif plan.filters == "broadcast":
             kernel = windows.pad(kernel, 0, 0, plan.padded)
             kernel = jnp.moveaxis(kernel, 0, -1)[None]  # (1, q, *kernels, c, m)
-        if tricks:
-            x, kernel = workarounds.materialized(x, kernel)
-        y = _algorithm(x, kernel, plan.algorithm, precision)  # (n, m, *outs, c)
+        y = _algorithm(x, kernel, plan.algorithm, precision, convolution.on_cpu)
         if plan.filters == "broadcast":
             if plan.padded:
                 (y,) = workarounds.materialized(y)
@@ -81,7 +77,7 @@ def cached(
         y = y.reshape(convolution.out.shape)
         # A kernel gradient ends in a concatenation, a loop or additions of a few rows, which cost
         # little if XLA computes them for each reader.
-        if tricks and not isinstance(plan.algorithm, plans.KernelGradient):
+        if convolution.on_cpu and isinstance(plan.algorithm, plans.Taps):
             y = workarounds.computed_once(y)
         return y.astype(convolution.out.dtype)
 
@@ -128,7 +124,9 @@ def _in_planes(convolution: plans.Convolution, plan: plans.Plan) -> Program:
     return jax.jit(compute)
 
 
-def _algorithm(x: jax.Array, kernel: jax.Array, algorithm: Any, precision: Any) -> jax.Array:
+def _algorithm(
+    x: jax.Array, kernel: jax.Array, algorithm: Any, precision: Any, on_cpu: bool
+) -> jax.Array:
     """Returns `(n, m, *outs, c)` of `(n, q, *sizes, c)` and `(m, q, *kernels, c)`."""
     match algorithm:
         case plans.Product():
@@ -141,13 +139,19 @@ def _algorithm(x: jax.Array, kernel: jax.Array, algorithm: Any, precision: Any) 
             return overlap.multiply(x, kernel, algorithm, precision)
         case plans.KernelGradient():
             gradient = functools.partial(kernel_gradient.kernel_gradient, gradient=algorithm)
+            if on_cpu:
+                x, kernel = workarounds.materialized(x, kernel)
             return _of_all_pairs(gradient, x, kernel)
         case plans.Taps():
-            if x.shape[1] == 1:
+            # A `q` of more than 1 is one more dimension, which has one window.
+            several = x.shape[1] > 1
+            if not several:
                 x, kernel = lax.squeeze(x, [1]), lax.squeeze(kernel, [1])
-                return forward.convolve(x, kernel, algorithm)
-            # `q` is one more dimension, which has one window.
-            return lax.squeeze(forward.convolve(x, kernel, algorithm), [2])
+            x = forward.padded(x, algorithm)
+            if on_cpu:
+                x, kernel = workarounds.materialized(x, kernel)
+            y = forward.convolve(x, kernel, algorithm)
+            return lax.squeeze(y, [2]) if several else y
         case _:
             raise AssertionError(algorithm)
 
