@@ -244,7 +244,8 @@ def choose(
                 why += f", {piece.rows} of {piece.axis.out} rows"
                 chosen = [_cut(chosen[0], piece)]
     # Of an image that several devices share, parts would be gathered, for an 11x11 kernel.
-    if len(chosen) == 1 and piece is None and not exchanged and whole:
+    large = elements >= tuning.padded_before_elements
+    if large and len(chosen) == 1 and piece is None and not exchanged and whole:
         crop, chosen[0] = _padded_before(chosen[0])
     copied = not any(isinstance(of.algorithm, Regions | Rows) for of in chosen)
     crowded = channels % tuning.crowded_channels == 0
@@ -360,13 +361,8 @@ def tile_reach(axes: Sequence[Axis], outputs: int) -> tuple[int, ...]:
 def _padded_before(phase: Phase) -> tuple[Crop | None, Phase]:
     """Has a phase in tiles read an image that is padded already.
 
-    What computes the image, in a network, then writes the padded one. Pads of an image that is in
-    memory are one more loop over it. Train steps of strided 7x7 and 9x9 layers, where the image is
-    the cotangent behind an activation, take 0.91 to 0.99 of the time so, chains of depthwise layers
-    0.83 to 1.05 and MobileNetV2's inference 0.96.
-
     Returns:
-      As `crop` of `Taps`, and the phase.
+      As `crop` of `Taps`, None where the phase pads nothing, and the phase.
     """
     if not isinstance(phase.algorithm, Tiles | Loop):
         return None, phase
