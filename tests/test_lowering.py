@@ -773,6 +773,14 @@ def test_weights_are_parts_of_a_flat_array():
     assert text.count("(tensor<72xf32>) -> tensor<8xf32>") == 9
 
 
+def test_gradients_of_taps_are_one_flat_array():
+    x, kernel = jnp.zeros((8, 5, 5, 8)), jnp.zeros((3, 3, 8, 1))
+    gradient = jax.grad(lambda kernel, x: depthwise_conv2d(x, kernel).sum())
+    text = jax.jit(gradient).lower(kernel, x).as_text()
+    of_taps = ", ".join(["tensor<8xf32>"] * 9)
+    assert f"({of_taps}) -> tensor<72xf32>" in text
+
+
 @pytest.mark.parametrize("images", [1, 2])
 @pytest.mark.parametrize(("size", "k", "strides"), [(14, 3, 1), (56, 3, 2), (28, 5, 1), (15, 7, 2)])
 def test_no_operation_does_nothing(images, size, k, strides):
