@@ -73,8 +73,9 @@ DEFAULT = STARTS[len(STARTS) // 2 :]
 
 
 def selected(default, slow):
-    """Parametrizes a test with every start: in the default selection, `slow`, else `nightly`."""
-
+    """Parametrizes a test with every start: those in `default` as they are, those in `slow` marked
+    so, and all others `nightly`.
+    """
     seldom = {n: pytest.mark.slow if n in slow else pytest.mark.nightly for n in STARTS}
     marks = seldom | dict.fromkeys(default, ())
     return pytest.mark.parametrize("start", [pytest.param(n, marks=marks[n]) for n in STARTS])

@@ -784,7 +784,10 @@ def test_gradients_of_taps_are_one_flat_array():
 @pytest.mark.parametrize("images", [1, 2])
 @pytest.mark.parametrize(("size", "k", "strides"), [(14, 3, 1), (56, 3, 2), (28, 5, 1), (15, 7, 2)])
 def test_no_operation_does_nothing(images, size, k, strides):
-    """XLA would remove such operations; here they would be traced, lowered and compiled first."""
+    """XLA would remove such operations; here they would be traced, lowered and compiled first.
+
+    With the channels last and one kernel for each.
+    """
     x, kernel = jnp.zeros((images, size, size, 16)), jnp.zeros((k, k, 16, 1))
 
     def conv(x, kernel):
@@ -794,7 +797,7 @@ def test_no_operation_does_nothing(images, size, k, strides):
         y, pull = jax.vjp(conv, x, kernel)
         return pull(y)
 
-    names = r"stablehlo\.(slice|reshape|broadcast_in_dim|pad) .*flax_dwconv"
+    names = r"stablehlo\.(slice|reshape|broadcast_in_dim|pad|transpose) .*flax_dwconv"
     types = r".* : \(tensor<(.+?)>.*\) -> tensor<(.+?)>"
     changed = re.findall(names + types, jax.jit(gradients).lower(x, kernel).as_text())
     assert len(changed) > 50
@@ -839,9 +842,14 @@ def test_some_rows_by_several_kernels(kernels):
         np.testing.assert_array_equal(y[:, m], expected)
 
 
-@pytest.mark.parametrize(("sums_each", "total"), [(0, 1), (1, 1), (2, 2)])
+@pytest.mark.parametrize(("sums_each", "total"), [(0, 0), (1, 1), (2, 2)])
 def test_terms_are_added_to_sums_in_turns(sums_each, total):
-    """In float32, 2^30 + 1 is 2^30: the first 1 is lost unless it is in the other sum."""
-    terms = {(0, i): jnp.full((1,), x) for i, x in enumerate([2.0**30, 1.0, -(2.0**30), 1.0])}
+    """In float32, 2^30 + 1 is 2^30: a 1 is lost where it is added to that.
+
+    Rows of their own lose both, one sum of all terms the first, and with two sums they are in the
+    other one.
+    """
+    values = {(0, 0): 2.0**30, (0, 1): 1.0, (1, 0): -(2.0**30), (1, 1): 1.0}
+    terms = {tap: jnp.full((1,), value) for tap, value in values.items()}
     found = sums.together([terms] * 4, sums_each, (1,), jnp.float32)
     assert [y.item() for y in found] == [total] * 4

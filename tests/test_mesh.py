@@ -448,11 +448,11 @@ def test_layers(layer, method, kind, four):
     four(layer_on_mesh, *layer, method, (kind, kind))
 
 
-def accelerated(kind):
+def accelerated(kind, multiplier, height):
     """Code that knows nothing of us, with the batch over one axis of two."""
-    layer = nn.Conv(8, (3, 3), feature_group_count=8, use_bias=False)
-    x = oracle.integers(0, 8, 6, 6, 8)
-    params = {"params": {"kernel": oracle.integers(1, 3, 3, 1, 8)}}
+    layer = nn.Conv(8 * multiplier, (3, 3), feature_group_count=8, use_bias=False)
+    x = oracle.integers(0, 8, height, 6, 8)
+    params = {"params": {"kernel": oracle.integers(1, 3, 3, 1, 8 * multiplier)}}
     f = jax.jit(jax.grad(lambda params, x: (layer.apply(params, x) ** 2).sum(), (0, 1)))
     mesh = mesh_of((kind, kind))
     with jax.set_mesh(mesh):
@@ -467,6 +467,7 @@ def accelerated(kind):
             accelerate(f)(params, jax.device_put(x, channels))  # as without `accelerate`
 
 
+@pytest.mark.parametrize(("multiplier", "height"), [(1, 6), (2, 1)])
 @pytest.mark.parametrize("kind", [EXPLICIT, AUTO])
-def test_accelerate(kind, four):
-    four(accelerated, kind)
+def test_accelerate(kind, multiplier, height, four):
+    four(accelerated, kind, multiplier, height)

@@ -549,7 +549,7 @@ def chosen(axes, channels, constants=tuning.TUNING):
     return type(phase.algorithm).__name__, why
 
 
-def test_few_outputs_are_two_sums_each():
+def test_how_outputs_are_summed_up():
     found = {n: tuning.TUNING.sums_each(n) for n in (1, 3, 4, 6, 7, 9)}
     assert found == {1: 0, 3: 0, 4: 2, 6: 2, 7: 1, 9: 1}
     tiles, _ = forward_plan.choose(1, 1, [axis_of(56, 7)] * 2, 96, tuning.TUNING)

@@ -75,6 +75,7 @@ CASES = {
     "3x3 stride 2": (3, 2, 1, (16, 32, 16)),
     "5x5 multiplier 2": (5, 1, 2, (16, 16, 16)),
     "11x11": (11, 1, 1, (16, 16, 16)),
+    "11x11 stride 2": (11, 2, 1, (32, 32, 16)),
     # Two channels for each device: one alone is not a depthwise convolution any more.
     # Large enough to be taken one by one where they are on one device.
     "3x3 on large images": (3, 1, 1, (64, 64, 32)),
@@ -247,6 +248,7 @@ HALOS = {
     ("3x3", "height"): (16, 109),
     ("3x3 stride 2", "width"): (33, 168),
     ("11x11", "height"): (5, 14),
+    ("11x11 stride 2", "height"): (6, 357),
 }
 
 

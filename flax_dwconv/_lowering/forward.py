@@ -24,8 +24,11 @@ from flax_dwconv._lowering import sums, windows, workarounds
 from flax_dwconv._lowering.axis import Axis, Run, inside
 
 
-def padded(x: jax.Array, taps: plan.Taps) -> jax.Array:
-    """Returns the image `(n, *sizes, c)` as `convolve` reads it, perhaps with more channels."""
+def cropped(x: jax.Array, taps: plan.Taps) -> jax.Array:
+    """Returns the image `(n, *sizes, c)` as `convolve` reads it, perhaps with more channels.
+
+    See `crop` of `Taps`. What computes the image may write it so, without a loop for the pads.
+    """
     return x if taps.crop is None else windows.crop(x, *taps.crop, taps.more_channels)
 
 
@@ -33,7 +36,7 @@ def convolve(x: jax.Array, kernel: jax.Array, taps: plan.Taps) -> jax.Array:
     """Returns the convolution of every example with every kernel.
 
     Args:
-      x: `(n, *sizes, c)`, as `padded` returns it.
+      x: `(n, *sizes, c)`, as `cropped` returns it.
       kernel: `(m, *kernels, c)`, of the dtype of `x`.
       taps: the plan.
 
@@ -282,7 +285,7 @@ class _Tiles:
         self._steps = [axis.stride for axis in axes]
         self._steps[-1] *= outputs
         reach = plan.tile_reach(axes, outputs)
-        more = taps.more_channels if taps.crop is None else 0  # else `x` has them
+        more = taps.more_channels if taps.crop is None else 0  # else `cropped` added them
         self.x = windows.crop(x, [-axis.low for axis in axes], reach, more)
         self.channels = tail[0]
         self.shape = (x.shape[0], *self._blocks, *tail)

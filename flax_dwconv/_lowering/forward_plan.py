@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from flax_dwconv._lowering.axis import Axis
 from flax_dwconv._lowering.tuning import Effort, Tuning
@@ -144,8 +145,9 @@ class Taps:
       crop: the first position and the size of the image along each dimension, pads included, that
         all phases read; None, where each phase reads the image as it is and may pad it.
       counts: how many phases there are along each dimension.
-      phases: all of them, the last dimension fastest. If `piece` has only some of the rows, their
-        geometry along its dimension is that of one piece, which is padded there already.
+      phases: all of them, the last dimension fastest. If there is a `crop`, their geometry is that
+        of the image after it. If `piece` has only some of the rows, their geometry along its
+        dimension is that of one piece, which is padded there already.
       piece: what is convolved at a time; None: the whole batch.
       more_channels: how many channels of zeros a padded image has after its own, see
         `crowded_channels` in `Tuning`.
@@ -243,9 +245,9 @@ def choose(
             if piece.rows < piece.axis.out:
                 why += f", {piece.rows} of {piece.axis.out} rows"
                 chosen = [_cut(chosen[0], piece)]
-    # Of an image that several devices share, parts would be gathered, for an 11x11 kernel.
     large = elements >= tuning.padded_before_elements
-    if large and len(chosen) == 1 and piece is None and not exchanged and whole:
+    in_tiles = len(chosen) == 1 and isinstance(chosen[0].algorithm, Tiles | Loop)
+    if large and in_tiles and piece is None and not exchanged:
         crop, chosen[0] = _padded_before(chosen[0])
     copied = not any(isinstance(of.algorithm, Regions | Rows) for of in chosen)
     crowded = channels % tuning.crowded_channels == 0
@@ -358,15 +360,14 @@ def tile_reach(axes: Sequence[Axis], outputs: int) -> tuple[int, ...]:
     return tuple(axis.reach for axis in (*others, rounded))
 
 
-def _padded_before(phase: Phase) -> tuple[Crop | None, Phase]:
+def _padded_before(phase: Phase) -> tuple[Crop, Phase]:
     """Has a phase in tiles read an image that is padded already.
 
     Returns:
-      As `crop` of `Taps`, None where the phase pads nothing, and the phase.
+      `crop` of `Taps`, and the phase.
     """
-    if not isinstance(phase.algorithm, Tiles | Loop):
-        return None, phase
-    sizes = tile_reach(phase.axes, phase.algorithm.outputs)
+    algorithm: Any = phase.algorithm  # `Tiles` or `Loop`
+    sizes = tile_reach(phase.axes, algorithm.outputs)
     axes = [
         dataclasses.replace(axis, size=size, low=0)
         for axis, size in zip(phase.axes, sizes, strict=True)

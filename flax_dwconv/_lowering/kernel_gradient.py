@@ -152,7 +152,9 @@ def _taps(
         if len(found) < len(every):
             found = dict.fromkeys(every, jnp.zeros(tail, dtype)) | found
         gradients = [found[tap] for tap in every]
-        if not gradient.whole:  # else one array of all channels, for which XLA compiles less
+        # Side by side in one flat array, they need no operation each. Of sharded channels, such an
+        # array would be gathered.
+        if not gradient.whole:
             gradients = [lax.expand_dims(y, [0]) for y in gradients]
         parts.append(lax.concatenate(gradients, 0))
     if not parts:

@@ -73,7 +73,7 @@ def cached(
             y = y.reshape(*y.shape[:-2], -1)
         order = [(0,), (y.ndim - 1, 1), *[(i,) for i in range(2, y.ndim - 1)]]
         at = sorted(range(len(order)), key=out_spec.__getitem__)
-        y = _transposed(y, y.shape, [d for i in at for d in order[i]])
+        y = _transposed(y, [d for i in at for d in order[i]])
         y = y.reshape(convolution.out.shape)
         # A kernel gradient ends in a concatenation, a loop or additions of a few rows, which cost
         # little if XLA computes them for each reader.
@@ -147,9 +147,12 @@ def _algorithm(
             several = x.shape[1] > 1
             if not several:
                 x, kernel = lax.squeeze(x, [1]), lax.squeeze(kernel, [1])
-            x = forward.padded(x, algorithm)
+            if algorithm.whole:
+                x = forward.cropped(x, algorithm)
             if on_cpu:
                 x, kernel = workarounds.materialized(x, kernel)
+            if not algorithm.whole:  # devices that share the image would gather the padded one
+                x = forward.cropped(x, algorithm)
             y = forward.convolve(x, kernel, algorithm)
             return lax.squeeze(y, [2]) if several else y
         case _:
@@ -179,16 +182,18 @@ def _of_all_pairs(f: Program, x: jax.Array, kernel: jax.Array) -> jax.Array:
 def _groups_last(x: jax.Array, spec: Sequence[int], grouped: int, groups: int) -> jax.Array:
     """Transposes to the order of `spec`, and the groups, major in `spec[grouped]`, to the end."""
     axis = spec[grouped]
-    shape = *x.shape[:axis], groups, x.shape[axis] // groups, *x.shape[axis + 1 :]
-    return _transposed(x, shape, [*[d + (d >= axis) for d in spec], axis])
+    # In a step of its own: jax 0.10.2 refuses to drop dimensions in the same reshape, on a mesh.
+    x = x.reshape(*x.shape[:axis], groups, x.shape[axis] // groups, *x.shape[axis + 1 :])
+    return _transposed(x, [*[d + (d >= axis) for d in spec], axis])
 
 
-def _transposed(x: jax.Array, shape: Sequence[int], order: Sequence[int]) -> jax.Array:
-    """Returns `x`, as an array of `shape`, with its dimensions in that order.
+def _transposed(x: jax.Array, order: Sequence[int]) -> jax.Array:
+    """Returns `x` with its dimensions in that order.
 
     Dimensions of size 1 are not transposed, but put in their places by a reshape: XLA gives them
     any place in the layout, and then copies the array. Often nothing else is left to transpose.
     """
+    shape = x.shape
     places = [d for d in order if shape[d] > 1]
     if places != sorted(places):
         x = x.reshape([size for size in shape if size > 1])

@@ -148,12 +148,13 @@ class Tuning:
         and 1,024 channels, 7x7 and 9x9 kernels then take 1.1 to 2.2 times as long. With 128 to 384
         channels, 640 and 704, more channels gained nothing.
       more_channels: how many channels of zeros, 64 bytes, a line of the cache.
-      padded_before_elements: an image of as many elements in tiles, and any image in tiles that
-        several phases read, is padded by what computes it, such as an activation. Else its pads are
-        one more loop over it. Chains of two to five layers of 3x3 to 1x11 take 0.83 to 1.05 of the
-        time so, 0.95 in the mean of fourteen, and train steps of layers of 7x7 and 9x9 with strides
-        0.91 to 0.99. Where images have fewer elements, such chains take 0.9 to 1.05 of the time,
-        and six 7x7 layers with their gradients take 1.08 times as long to compile.
+      padded_before_elements: if image or result have as many elements, and the image is not in
+        pieces or regions, what computes it, such as an activation, writes it padded. Else its pads
+        are one more loop over it. An image that several phases read is always padded so. Chains of
+        two to five layers of 3x3 to 1x11 take 0.83 to 1.05 of the time so, 0.95 in the mean of
+        fourteen, and train steps of layers of 7x7 and 9x9 with strides 0.91 to 0.99. Where images
+        have fewer elements, such chains take 0.9 to 1.05 of the time, and six 7x7 layers with their
+        gradients take 1.08 times as long to compile.
       row_outputs: rows of at most as many outputs are computed as a whole. Layer:
         'ConvNeXtTiny-4'.
       exchanged_rows_elements: from as many elements on, image and kernel may exchange their roles
@@ -172,11 +173,11 @@ class Tuning:
         row by row of the kernel: a row of all outputs, then the next row. With fewer outputs, each
         addition would wait for the one before, so each output is a tree of rows of its own: two
         outputs of a 7x7 kernel take 0.8 of the time. Layers: 'ConvNeXtTiny-*'.
-      two_sums: at most so many outputs that grow together, row by row, are two sums each. A product
-        with a sum takes four cycles, and a core begins two in each, so eight sums keep it busy: 7x7
-        and 9x9 kernels on large images take 0.7 to 1.04 of the time so, 0.95 in the mean of 22
-        layers. With three sums, nine of those layers take 1.02 times as long as with two. Measured
-        with `--draw`.
+      two_sums_outputs: at most so many outputs that grow together, row by row, are two sums each. A
+        product with a sum takes four cycles, and a core begins two in each, so eight sums keep it
+        busy: 7x7 and 9x9 kernels on large images take 0.7 to 1.04 of the time so, 0.95 in the mean
+        of 22 layers. With three sums, nine of those layers take 1.02 times as long as with two.
+        Measured with `--draw`.
       all_taps: the most taps of a kernel whose gradients are all computed in one pass of the inner
         loop, which reads image and cotangent once: on 8 images of 56x56x144, the gradient of a 3x3
         kernel takes 0.65 of the time. Layers: 'MobileNetV2-*'.
@@ -295,7 +296,7 @@ class Tuning:
     loop_outputs: int = 4
     loop_products: int = 128
     outputs_row_by_row: int = 4
-    two_sums: int = 6
+    two_sums_outputs: int = 6
     all_taps: int = 9
     row_taps: int = 8
     row_products: int = 150
@@ -335,7 +336,7 @@ class Tuning:
         """
         if outputs < self.outputs_row_by_row:
             return 0
-        return 2 if outputs <= self.two_sums else 1
+        return 2 if outputs <= self.two_sums_outputs else 1
 
 
 # What is in use. Tests replace it: it is part of the key of the cache of programs.
