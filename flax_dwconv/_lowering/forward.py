@@ -279,7 +279,7 @@ class _Tiles:
     ) -> None:
         *outs, last = [axis.out for axis in axes]
         outputs = algorithm.outputs
-        self._axes, self._outputs, self._sums_each = axes, outputs, algorithm.sums_each
+        self._axes, self._sums_each = axes, algorithm.sums_each
         self._exchanged, self._whole = taps.exchanged, taps.whole
         self._blocks = [*outs, -(-last // outputs)]
         self._steps = [axis.stride for axis in axes]

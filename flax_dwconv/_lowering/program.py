@@ -114,7 +114,7 @@ def _in_planes(convolution: plans.Convolution, plan: plans.Plan) -> Program:
             y = planes.kernel_gradient(x, kernel, algorithm)
             y = jnp.expand_dims(y, 0)  # (1, *kernel, c)
             order = [0, y.ndim - 1, *range(1, y.ndim - 1)]
-            y = lax.transpose(y, [order[out_spec.index(d)] for d in range(y.ndim)])
+            y = _transposed(y, [order[out_spec.index(d)] for d in range(y.ndim)])
         else:
             kernel = _groups_last(kernel, rhs_spec, 0, plan.groups)
             x, kernel = workarounds.materialized(x, kernel)
